@@ -1,0 +1,206 @@
+"""An experiment file: its sections, how it is read, overridden, checked and named. Imports no PyTorch."""
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Discriminator, Field, Tag
+
+from fedclip.asr.options import AsrOptions
+from fedclip.options import ConfigError, Options, unknown, validate
+from fedclip.stages import check_arguments, check_stage, local_sgd
+from fedclip.tasks.vision_options import VisionOptions
+
+
+class RunOptions(Options):
+    """What is run, where, and on what."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")] = "run"
+    seed: int = 1
+    rounds: Annotated[int, Field(ge=1)]
+    out: Path = Path("runs")
+    """Folder in which the run folder is made."""
+    data_dir: Path | None = None
+    """Folder of the data, read in place."""
+    engine: Literal["ray", "process"] = "ray"
+    """`ray`: Flower messages to Ray actors; `process`: everything in this process. The result has the same bits."""
+    reply: Literal["sums", "updates"] = "sums"
+    """What a worker replies in a simulation: the exact sum over its users, or each user's encoded update as a device would."""
+    workers: Annotated[int, Field(ge=0)] = 0
+    """Worker processes; 0: one for each core of this machine."""
+    device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] = "cpu"
+
+
+class PopulationOptions(Options):
+    """The users there are."""
+
+    size: Annotated[int, Field(ge=1, le=100_000_000)]
+
+
+class SamplerOptions(Options):
+    """How a cohort is drawn: each user independently with probability cohort / population."""
+
+    name: Literal["poisson"] = "poisson"
+    cohort: Annotated[float, Field(gt=0)]
+
+
+class StrategyOptions(Options):
+    """A published method with its arguments, or the stages themselves."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    method: str = "stages"
+
+
+class PrivacyOptions(Options):
+    """Noise on the sum. Without a noise multiplier there is none."""
+
+    noise_multiplier: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+
+
+class CodecOptions(Options):
+    """The wire format of updates and of the model."""
+
+    name: Literal["dense"] = "dense"
+
+
+class EvaluationOptions(Options):
+    """When the model is tried on held-out users: every so many rounds and after the last; 0: after the last only."""
+
+    every: Annotated[int, Field(ge=0)] = 10
+
+
+class CentralOptions(Options):
+    """The central baseline of `fedclip train-central`: the same users' batches in the same order, one optimizer step each."""
+
+    optimizer: Literal["adam", "sgd"] = "adam"
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+
+
+class RayOptions(Options):
+    """The Ray cluster and what a worker takes of it."""
+
+    address: str | None = None
+    """Address of a running cluster; None starts Ray on this machine for the run."""
+    cpus_per_worker: Annotated[float, Field(ge=0)] = 1.0
+    gpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
+
+
+class DoorOptions(Options):
+    """A user's own task: `name = "module:factory"` or `"file.py:factory"`.
+
+    The factory is called with `population`, `data_dir` and `seed` by name, and with `arguments`; it returns a `Task`.
+    """
+
+    name: Annotated[str, Field(pattern=r".+:.+")]
+    arguments: dict[str, Any] = {}
+
+
+def _kind_of_task(values: Any) -> str:
+    name = values.get("name") if isinstance(values, Mapping) else getattr(values, "name", None)
+    return "door" if isinstance(name, str) and ":" in name else str(name)
+
+
+TaskOptions = Annotated[
+    Annotated[AsrOptions, Tag("asr")] | Annotated[VisionOptions, Tag("vision")] | Annotated[DoorOptions, Tag("door")], Discriminator(_kind_of_task)
+]
+
+
+class Experiment(Options):
+    """A whole experiment file."""
+
+    run: RunOptions
+    task: TaskOptions
+    population: PopulationOptions
+    sampler: SamplerOptions
+    local: dict[str, Any]
+    strategy: StrategyOptions = StrategyOptions()
+    privacy: PrivacyOptions = PrivacyOptions()
+    codec: CodecOptions = CodecOptions()
+    evaluation: EvaluationOptions = EvaluationOptions()
+    central: CentralOptions = CentralOptions()
+    ray: RayOptions = RayOptions()
+
+    def plain(self) -> dict[str, Any]:
+        """Return the sections as plain values (strings, numbers, lists, tables), without what is None."""
+        plain: dict[str, Any] = json.loads(json.dumps(self.model_dump(exclude_none=True), default=str))
+        return plain
+
+    @property
+    def digest(self) -> str:
+        """Names the run: a hash of the seed and of all that changes the result, which rounds, workers, engine and paths do not."""
+        plain = self.plain()
+        plain["run"] = {"seed": self.run.seed}
+        plain["task"] = {k: v for k, v in plain["task"].items() if k not in ("cache_dir", "cache_mb")}
+        plain.pop("ray")
+        return hashlib.blake2b(json.dumps(plain, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
+    """Return the experiment of a TOML file with some keys set anew.
+
+    Args:
+        path: the file.
+        overrides: `"section.key=value"`, the value in TOML (a bare word is a string). A stage in a list is addressed by its name:
+            `strategy.client.clip_per_layer.max_norm=0.02`.
+
+    Raises:
+        ConfigError: no such file, not TOML, an unknown key or a value that is not allowed.
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"No such experiment file: {path}; see the files in the folder experiments.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}.") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not TOML: {error}.") from None
+    for override in overrides:
+        _override(values, override)
+    return make_experiment(values)
+
+
+def make_experiment(values: Mapping[str, Any]) -> Experiment:
+    """Return a checked experiment of plain values.
+
+    Raises:
+        ConfigError: an unknown key or a value that is not allowed.
+    """
+    name = values.get("task", {}).get("name") if isinstance(values.get("task"), Mapping) else None
+    if isinstance(name, str) and ":" not in name and name not in ("asr", "vision"):
+        raise unknown("task.name", name, ("asr", "vision", "module:factory", "file.py:factory"), "task")
+    experiment = validate(Experiment, values)
+    check_arguments(local_sgd, experiment.local, "local")
+    for side in ("client", "server"):
+        for stage in getattr(experiment.strategy, side, []):
+            check_stage(stage, f"strategy.{side}")
+    if experiment.sampler.cohort > experiment.population.size:
+        raise ConfigError(f"sampler.cohort: expected at most population.size = {experiment.population.size}, got {experiment.sampler.cohort:g}.")
+    return experiment
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    path = key.strip().split(".")
+    if not equals or not all(path):
+        raise ConfigError(f"Expected --set section.key=value, got '{override}'.")
+    try:
+        value = tomllib.loads(f"value = {text.strip()}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    place: Any = values
+    for part in path[:-1]:
+        if isinstance(place, list):
+            named = [item for item in place if isinstance(item, dict) and part in item]
+            if not named:
+                raise ConfigError(f"--set {key}: no stage '{part}' in the list; it has {[next(iter(i), '') for i in place if isinstance(i, dict)]}.")
+            place = named[0][part]
+        elif isinstance(place, dict):
+            place = place.setdefault(part, {})
+        else:
+            raise ConfigError(f"--set {key}: '{part}' is no section, its value is {place!r}.")
+    if not isinstance(place, dict):
+        raise ConfigError(f"--set {key}: expected a section above '{path[-1]}', got {place!r}.")
+    place[path[-1]] = value

@@ -1,0 +1,104 @@
+"""The exact sum: every user's update goes onto one fixed-point grid of 64-bit integers, whose sum does not know any order.
+
+Each update is rounded toward zero on its own, so that what one user adds is an integer vector that no other user can change, and
+its norm is at most the norm of the update: a bound that held before the grid holds on it. Sums of integers are exact, so the
+result has the same bits for every number of workers and every order.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from fedclip.update import Dense, Update, values_of
+
+CAPACITY_BITS = 20
+"""A bounded sum has room for 2^20 users, whoever comes: the grid of a private sum must not depend on the cohort."""
+
+UNBOUNDED_RANGE = 64.0
+"""Without a clip, a coordinate of an update may not exceed this: parameters that move by more in one round have diverged."""
+
+SUM_BITS = 62
+
+
+class FoldOverflow(ArithmeticError):
+    """An update that does not fit the grid. The sum is left as it was."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Fixed-point numbers with a resolution of `2 ** -exponent`, and the limits that keep their sum from wrapping.
+
+    Attributes:
+        exponent: binary digits after the point.
+        largest: greatest absolute value of one user's coordinate.
+        capacity: most users in a sum.
+    """
+
+    exponent: int
+    largest: float
+    capacity: int
+
+    @classmethod
+    def for_bound(cls, bound: float, users: int, largest_weight: float = 1.0) -> "Grid":
+        """Return the finest grid that holds a sum.
+
+        Args:
+            bound: bound on the norm of one user's update, hence on each coordinate; infinite: `UNBOUNDED_RANGE` is the limit.
+            users: most users of an unbounded sum; a bounded one has room for 2^20 and ignores this.
+            largest_weight: greatest weight that multiplies an update.
+        """
+        bounded = math.isfinite(bound)
+        largest = (bound if bounded else UNBOUNDED_RANGE) * largest_weight
+        capacity = 1 << (CAPACITY_BITS if bounded else max(1, users).bit_length())
+        return cls(SUM_BITS - (capacity.bit_length() - 1) - math.ceil(math.log2(largest)), largest, capacity)
+
+
+class Fold:
+    """A running sum on a grid. Two folds of the same grid merge exactly, in any order.
+
+    Args:
+        size: coordinates d.
+        grid: the grid.
+        device: where the sum lies.
+    """
+
+    def __init__(self, size: int, grid: Grid, device: str = "cpu") -> None:
+        self.grid = grid
+        self.total = torch.zeros(size, dtype=torch.int64, device=device)
+        self.users = 0
+
+    def add(self, update: Update, weight: float = 1.0) -> None:
+        """Add `weight` times an update.
+
+        Raises:
+            FoldOverflow: a coordinate exceeds the grid's limit, or more users than it has room for; nothing was added.
+        """
+        values = values_of(update)
+        top = float(values.abs().amax()) * weight if values.numel() else 0.0
+        if not top <= self.grid.largest:
+            raise FoldOverflow(
+                f"Expected coordinates up to {self.grid.largest:g}, got {top:g}; training diverged: lower the local rate, or add a clip to the client chain."
+            )
+        self._check_room(1)
+        # The power of two keeps the product exact (a float32 has 24 bits, and a weight is applied first); the conversion truncates.
+        digits = (values.double() * weight if weight != 1.0 else values.double()).mul_(2.0**self.grid.exponent).to(torch.int64)
+        if isinstance(update, Dense):
+            self.total += digits
+        else:
+            self.total.index_add_(0, update.indices, digits)
+        self.users += 1
+
+    def merge(self, total: torch.Tensor, users: int) -> None:
+        """Add the sum of another fold on the same grid: `total` int64, shape (d,), over `users` users."""
+        self._check_room(users)
+        self.total += total.to(self.total.device)
+        self.users += users
+
+    def result(self) -> torch.Tensor:
+        """Return the sum as float64, shape (d,)."""
+        return self.total.double().mul_(2.0**-self.grid.exponent)
+
+    def _check_room(self, users: int) -> None:
+        if self.users + users > self.grid.capacity:
+            raise FoldOverflow(f"Expected at most {self.grid.capacity} users in a sum, got {self.users + users}; lower the cohort.")

@@ -1,0 +1,169 @@
+"""Server optimizers: the last stage of the server chain. Each turns a released mean update into the step `theta <- theta - step`.
+
+Updates are old parameters minus new ones, so that they point like gradients. State is float32, shape (d,), on the server only.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from fedclip.layout import Layout
+from fedclip.schedules import Schedule
+from fedclip.stages import Grouping
+from fedclip.transform import UNBOUNDED, Bound, Ctx, State, Step, Transform
+from fedclip.update import Dense, Update, layer_norms, scale_layers, to_dense
+
+
+class Optimizer(Transform):
+    """A server stage that sets the size of the step itself: nothing of what comes in bounds it."""
+
+    def bound(self, incoming: Bound, layout: Layout) -> Bound:
+        """Return `UNBOUNDED`."""
+        return UNBOUNDED
+
+
+@dataclass(frozen=True)
+class SGD(Optimizer):
+    """`b <- momentum b + g; step = lr b`, with Nesterov `lr (g + momentum b)` (the definition of `torch.optim.SGD`).
+
+    Attributes:
+        lr: server learning rate by round.
+        momentum: in [0, 1).
+        nesterov: look ahead; needs momentum.
+    """
+
+    stage_name: ClassVar[str] = "sgd"
+    lr: Schedule
+    momentum: float = 0.0
+    nesterov: bool = False
+
+    def __post_init__(self) -> None:
+        if self.nesterov and not self.momentum:
+            raise ValueError(f"Expected momentum over 0 with nesterov = true, got {self.momentum}.")
+
+    def init(self, layout: Layout) -> State:
+        """Return a zero momentum, None where there is none."""
+        return torch.zeros(layout.size) if self.momentum else None
+
+    def apply(self, update: Update, state: State, ctx: Ctx) -> Step:
+        """Return the step and the next momentum."""
+        g, lr = to_dense(update, ctx.layout), self.lr(ctx.round)
+        if not self.momentum:
+            return Step(Dense(g * lr))
+        buffer = self.momentum * state + g
+        direction = g + self.momentum * buffer if self.nesterov else buffer
+        return Step(Dense(direction * lr), buffer)
+
+    def has_momentum(self, ndim: int) -> bool:
+        """Return whether momentum is on; it is the same for all tensors."""
+        return self.momentum > 0
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Adam's state: steps taken, and the averages of g and g^2, shape (d,)."""
+
+    steps: int
+    first: torch.Tensor
+    second: torch.Tensor
+
+    @classmethod
+    def zero(cls, layout: Layout) -> "Moments":
+        """Return the state before the first step."""
+        return cls(0, torch.zeros(layout.size), torch.zeros(layout.size))
+
+    def next(self, g: torch.Tensor, betas: tuple[float, float]) -> "Moments":
+        """Return the averages with g taken in."""
+        b1, b2 = betas
+        return Moments(self.steps + 1, self.first * b1 + g * (1 - b1), self.second * b2 + g * g * (1 - b2))
+
+    def direction(self, betas: tuple[float, float], eps: float) -> torch.Tensor:
+        """Return `m / (sqrt(v) + eps)` of the bias-corrected averages."""
+        b1, b2 = betas
+        m, v = self.first / (1 - b1**self.steps), self.second / (1 - b2**self.steps)
+        return m / (v.sqrt() + eps)
+
+
+@dataclass(frozen=True)
+class Adam(Optimizer):
+    """`step = lr (m / (sqrt(v) + eps) + weight_decay theta)` (arXiv 1412.6980; the decay is decoupled as in 1711.05101).
+
+    Attributes:
+        lr: server learning rate by round.
+        betas: decay of the first and second moment.
+        eps: added outside the root. Mean updates under a small clip bound are as small as the usual 1e-8: it is a real knob.
+        weight_decay: 0 is Adam, over 0 is AdamW.
+    """
+
+    stage_name: ClassVar[str] = "adam"
+    lr: Schedule
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+
+    def init(self, layout: Layout) -> State:
+        """Return zero moments."""
+        return Moments.zero(layout)
+
+    def apply(self, update: Update, state: State, ctx: Ctx) -> Step:
+        """Return the step and the next moments."""
+        moments = state.next(to_dense(update, ctx.layout), self.betas)
+        direction = moments.direction(self.betas, self.eps)
+        if self.weight_decay:
+            direction = direction + self.weight_decay * ctx.params
+        return Step(Dense(direction * self.lr(ctx.round)), moments)
+
+    def has_momentum(self, ndim: int) -> bool:
+        """Return whether the first moment averages over rounds."""
+        return self.betas[0] > 0
+
+
+@dataclass(frozen=True)
+class LAMB(Optimizer):
+    """`step_h = lr r_h u_h`, `u = m / (sqrt(v) + eps) + weight_decay theta`, `r_h = ||theta_h|| / ||u_h||` (arXiv 1904.00962).
+
+    `r_h` is 1 where either norm is 0, and then kept within `trust_bounds`. With r unbounded and no tensor exempt it is the server
+    step of arXiv 2310.00098, Algorithm 1; the theory there assumes a bound.
+
+    Attributes:
+        lr: server learning rate by round.
+        betas: decay of the first and second moment.
+        eps: added outside the root; under small clip bounds it exceeds the moments, and LAMB acts as layer-normalised momentum.
+        weight_decay: pulls parameters to 0 inside u.
+        trust_bounds: least and greatest r_h.
+        layers: what a layer is: each tensor (the paper's) or each block.
+    """
+
+    stage_name: ClassVar[str] = "lamb"
+    lr: Schedule
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-6
+    weight_decay: float = 0.0
+    trust_bounds: tuple[float, float] = (0.0, float("inf"))
+    layers: Grouping = "tensor"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.trust_bounds[0] <= self.trust_bounds[1]:
+            raise ValueError(f"Expected trust_bounds = [least, greatest] with 0 <= least <= greatest, got {list(self.trust_bounds)}.")
+
+    def init(self, layout: Layout) -> State:
+        """Return zero moments."""
+        return Moments.zero(layout)
+
+    def apply(self, update: Update, state: State, ctx: Ctx) -> Step:
+        """Return the step and the next moments; measures `trust_ratio` of each layer."""
+        layout = ctx.layout.grouped(self.layers)
+        moments = state.next(to_dense(update, layout), self.betas)
+        direction = moments.direction(self.betas, self.eps)
+        if self.weight_decay:
+            direction = direction + self.weight_decay * ctx.params
+        u, theta = layer_norms(Dense(direction), layout), layer_norms(Dense(ctx.params), layout)
+        least, greatest = self.trust_bounds
+        ratios = tuple(min(max(t / n if t and n else 1.0, least), greatest) for t, n in zip(theta, u, strict=True))
+        lr = self.lr(ctx.round)
+        return Step(scale_layers(Dense(direction), layout, [lr * r for r in ratios]), moments, {"trust_ratio": ratios})
+
+    def has_momentum(self, ndim: int) -> bool:
+        """Return whether the first moment averages over rounds."""
+        return self.betas[0] > 0

@@ -1,0 +1,46 @@
+"""Counter-based random streams: one for each (secret, run, round, attempt, user, purpose), so that order never matters."""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+
+Purpose = Literal["cohort", "data", "batches", "training", "chain", "noise", "server"]
+"""What a stream is for. Two purposes never share a stream, whatever the rest of the key."""
+
+
+@dataclass(frozen=True)
+class Streams:
+    """The randomness of one attempt at one round of one run.
+
+    Attributes:
+        secret: the master secret. In a simulation it comes from the seed, so that a run can be repeated.
+        run: names the run: a digest of what is computed, never an engine's own run id (which changes at a restart).
+        round: round number, from 1; 0 stands for what happens before the first round.
+        attempt: how many releases this round already had.
+    """
+
+    secret: str
+    run: str
+    round: int
+    attempt: int = 0
+
+    def generator(self, purpose: Purpose, user: int | None = None) -> np.random.Generator:
+        """Return a fresh generator at the beginning of its stream; the same key gives the same numbers."""
+        return np.random.Generator(np.random.Philox(key=int.from_bytes(self._key(purpose, user), "big")))
+
+    @contextmanager
+    def torch_seeded(self, purpose: Purpose, user: int | None = None, device: str = "cpu") -> Iterator[None]:
+        """Seed torch's global generators inside the block and put them back after it: dropout and masking draw from there."""
+        seed = int.from_bytes(self._key(purpose, user)[:8], "big") >> 1
+        with torch.random.fork_rng(devices=[torch.device(device)] if device.startswith("cuda") else []):
+            torch.random.manual_seed(seed)
+            yield
+
+    def _key(self, purpose: Purpose, user: int | None) -> bytes:
+        parts = [self.secret, self.run, str(self.round), str(self.attempt), "" if user is None else str(user), purpose]
+        return hashlib.blake2b("\x1f".join(parts).encode(), digest_size=16).digest()

@@ -1,0 +1,279 @@
+"""One federated round as functions, from left to right: the same in one process, on Ray and on devices.
+
+    begin -> [train_user -> open_payload] a user, in blocks -> finish
+
+`begin` draws the cohort and says all that clients need (`RoundSpec`, plain data); `train_blocks` does the users of some blocks and
+gives their exact sum; `finish` adds the sums, releases the mean and takes the server step.
+"""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import math
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fedclip.codec import Codec, WireError
+from fedclip.fold import Fold, Grid
+from fedclip.layout import Layout
+from fedclip.local import LocalSGD
+from fedclip.method import Method, ServerState, Weighting, user_weight
+from fedclip.replica import Replica
+from fedclip.rng import Streams
+from fedclip.stages import build_stage, describe_stage
+from fedclip.tally import Tally, add_up, number
+from fedclip.tasks.base import Counts, Task
+from fedclip.transform import Chain, Ctx, Transform
+from fedclip.update import Dense, Update, finite_or_zero, scale, to_dense
+
+log = logging.getLogger(__name__)
+
+BLOCKS_A_COHORT = 64
+"""A cohort is dealt in about so many blocks: enough to share them out evenly, few enough to deal quickly."""
+
+Block = tuple[int, tuple[int, ...]]
+"""A block's number in the cohort and the ids of its users."""
+
+
+@dataclass(frozen=True, eq=False)
+class RoundSpec:
+    """All that the server tells clients for a round: data only, from which each client rebuilds the stages by name.
+
+    Attributes:
+        streams: the randomness of this attempt.
+        local: local training, as a stage description.
+        client: the stages of the client chain, as descriptions.
+        codec: the wire format, as a description.
+        weighting: see `Method`.
+        max_examples: see `Method`.
+        private: whether the sum will be noised: weights then go in before the clip.
+        grid: the fixed-point grid of the sum.
+        params: the encoded model that everyone starts from.
+    """
+
+    streams: Streams
+    local: Mapping[str, Any]
+    client: tuple[Mapping[str, Any], ...]
+    codec: Mapping[str, Any]
+    weighting: Weighting
+    max_examples: int | None
+    private: bool
+    grid: Grid
+    params: bytes
+
+    def shared(self) -> dict[str, Any]:
+        """Return everything but the parameters as plain data."""
+        data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "params"}
+        return data | {"streams": dataclasses.asdict(self.streams), "grid": dataclasses.asdict(self.grid), "client": list(self.client)}
+
+    @classmethod
+    def from_shared(cls, data: Mapping[str, Any], params: bytes) -> "RoundSpec":
+        """Return the specification that `shared` described."""
+        rest = {"streams": Streams(**data["streams"]), "grid": Grid(**data["grid"]), "client": tuple(data["client"])}
+        return cls(**{**data, **rest}, params=params)
+
+    @property
+    def digest(self) -> str:
+        """A hash of all that is shared, the parameters included."""
+        text = json.dumps(self.shared(), sort_keys=True).encode()
+        return hashlib.blake2b(text + hashlib.blake2b(self.params).digest(), digest_size=16).hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What `begin` decided: the specification, and the cohort in blocks of consecutive users."""
+
+    spec: RoundSpec
+    blocks: tuple[Block, ...]
+
+
+@dataclass(eq=False)
+class Site:
+    """Where users train: one task and one resident model, used for one user after another."""
+
+    task: Task
+    replica: Replica
+
+
+@dataclass(frozen=True, eq=False)
+class Contribution:
+    """What one user gives: the encoded update, its weight and what was measured. A user that failed gives no payload."""
+
+    user: int
+    payload: bytes | None
+    weight: float
+    tally: Tally
+    error: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Partial:
+    """The exact sum over the users of some blocks: int64 grid numbers, how many users, and a tally for each block."""
+
+    total: torch.Tensor
+    users: int
+    tallies: dict[int, Tally]
+    errors: tuple[str, ...] = ()
+
+
+def begin(method: Method, state: ServerState, layout: Layout, secret: str, run: str) -> Plan:
+    """Draw the cohort of the next round and say what its clients are to do."""
+    streams = Streams(secret, run, state.round + 1, state.attempt)
+    cohort = method.sampler.draw(streams.generator("cohort"))
+    largest_weight = 1.0 if method.private or method.weighting == "uniform" else 2.0**16
+    spec = RoundSpec(
+        streams=streams,
+        local=describe_stage(method.local),
+        client=tuple(describe_stage(s) for s in method.client.stages),
+        codec=describe_stage(method.codec),
+        weighting=method.weighting,
+        max_examples=method.max_examples,
+        private=method.private,
+        grid=Grid.for_bound(method.bound(layout).total, len(cohort), largest_weight),
+        params=method.codec.encode(Dense(state.params), layout),
+    )
+    size = max(1, math.ceil(method.sampler.expected_cohort / BLOCKS_A_COHORT))
+    blocks = tuple((n, cohort[i : i + size]) for n, i in enumerate(range(0, len(cohort), size)))
+    return Plan(spec, blocks)
+
+
+def deal(blocks: Sequence[Block], workers: int, task: Task) -> list[list[Block]]:
+    """Share blocks out over workers, the longest first to whoever has least, by the task's predicted costs."""
+    loads, shares = [0.0] * workers, [list[Block]() for _ in range(workers)]
+    costs = {n: sum(task.cost(u) for u in users) for n, users in blocks}
+    for block in sorted(blocks, key=lambda b: (-costs[b[0]], b[0])):
+        least = loads.index(min(loads))
+        shares[least].append(block)
+        loads[least] += costs[block[0]]
+    return shares
+
+
+class Client:
+    """The client side of one round at one site: the stages rebuilt from the specification, the model as it was sent."""
+
+    def __init__(self, site: Site, spec: RoundSpec) -> None:
+        self.site, self.spec, self.layout = site, spec, site.replica.layout
+        self.local: LocalSGD = build_stage(spec.local)
+        self.chain = Chain(tuple(build_stage(s) for s in spec.client))
+        self.codec: Codec = build_stage(spec.codec)
+        self.params = to_dense(self.codec.decode(spec.params, self.layout), self.layout).to(site.replica.params.device)
+
+    def train_user(self, user: int) -> Contribution:
+        """Load a user's data, train, pass the update through the chain and encode it.
+
+        Whatever the user's data or the task raises makes the user a failed one, never the round.
+        """
+        start = time.perf_counter()
+        try:
+            contribution = self._train(user)
+        except Exception as error:  # noqa: BLE001 - user data and tasks may raise anything; it is counted and reported
+            log.debug("user %d failed", user, exc_info=True)
+            return Contribution(user, None, 0.0, {"failed_users": 1.0}, f"user {user}: {type(error).__name__}: {error}")
+        contribution.tally["train_seconds"] = time.perf_counter() - start
+        return contribution
+
+    def _train(self, user: int) -> Contribution:
+        task, replica, streams = self.site.task, self.site.replica, self.spec.streams
+        examples = task.load_user(user, streams.generator("data", user))
+        if not len(examples):
+            return Contribution(user, None, 0.0, {"users_without_data": 1.0})
+        replica.load(self.params)
+        with streams.torch_seeded("training", user, str(replica.params.device)):
+            loss = self.local.train(replica, task, examples, streams.generator("batches", user))
+        update, finite = finite_or_zero(Dense(self.params - replica.params))
+        weight = user_weight(len(examples), self.spec.weighting, self.spec.max_examples)
+        if self.spec.private:
+            update = scale(update, weight)
+        ctx = Ctx(self.layout, streams.generator("chain", user), streams.round, self.params, weight)
+        step = self.chain.apply(update, self.chain.init(self.layout), ctx)
+        payload = self.codec.encode(step.update, self.layout)
+        tally: Tally = {"users": 1.0, "uplink_bytes": float(len(payload)), "not_finite": float(not finite)}
+        if math.isfinite(loss):
+            tally |= {"train_loss": loss, "losses": 1.0}
+        tally |= {f"chain.{k}": list(v) if isinstance(v, tuple) else v for k, v in step.measurements.items()}
+        return Contribution(user, payload, 1.0 if self.spec.private else weight, tally)
+
+
+class Collector:
+    """Decodes, guards and folds contributions: wherever the raw sum is formed, on a worker or on the server."""
+
+    def __init__(self, spec: RoundSpec, layout: Layout, device: str = "cpu") -> None:
+        self.spec, self.layout = spec, layout
+        self.codec: Codec = build_stage(spec.codec)
+        self.guard: Transform | None = Chain(tuple(build_stage(s) for s in spec.client)).guard
+        self.params = torch.empty(0)
+        self.fold = Fold(layout.size, spec.grid, device)
+        self.tallies: dict[int, Tally] = {}
+        self.errors: list[str] = []
+
+    def take(self, block: int, contribution: Contribution) -> None:
+        """Add one user's contribution to the sum; what cannot be taken counts as a failed user and adds nothing."""
+        tally, error = contribution.tally, contribution.error
+        if contribution.payload is not None:
+            try:
+                self.fold.add(self._open(contribution.payload), contribution.weight)
+                tally = tally | {"weight": contribution.weight}
+            except (WireError, ArithmeticError) as fault:
+                tally, error = {"failed_users": 1.0}, f"user {contribution.user}: {type(fault).__name__}: {fault}"
+        if error is not None:
+            self.errors.append(error)
+        self.tallies[block] = add_up([self.tallies.get(block, {}), tally])
+
+    def _open(self, payload: bytes) -> Update:
+        """Decode and guard: finite, of this layout, within the bound of the chain."""
+        update, _ = finite_or_zero(self.codec.decode(payload, self.layout))
+        if self.guard is None:
+            return update
+        ctx = Ctx(self.layout, self.spec.streams.generator("chain"), self.spec.streams.round, self.params)
+        return self.guard.apply(update, None, ctx).update
+
+    def partial(self) -> Partial:
+        """Return the sum so far."""
+        return Partial(self.fold.total, self.fold.users, self.tallies, tuple(self.errors))
+
+
+def train_blocks(site: Site, spec: RoundSpec, blocks: Iterable[Block]) -> Partial:
+    """Train the users of some blocks one after another and return their exact sum."""
+    client, collector = Client(site, spec), Collector(spec, site.replica.layout)
+    for number_, users in blocks:
+        for user in users:
+            collector.take(number_, client.train_user(user))
+    return collector.partial()
+
+
+def finish(method: Method, state: ServerState, layout: Layout, plan: Plan, partials: Iterable[Partial]) -> tuple[ServerState, Tally]:
+    """Add the sums, release the mean, take the server step.
+
+    Returns:
+        The next state, and the tally of the round: sums over users in cohort order.
+
+    Raises:
+        FoldOverflow: more users than the grid has room for.
+    """
+    fold, tallies = Fold(layout.size, plan.spec.grid), dict[int, Tally]()
+    for part in partials:
+        fold.merge(part.total, part.users)
+        tallies |= part.tallies
+    tally = add_up(tallies[n] for n in sorted(tallies))
+    streams = plan.spec.streams
+    mean = method.release.apply(fold.result().numpy(), number(tally, "weight"), method.bound(layout), streams.generator("noise"))
+    ctx = Ctx(layout, streams.generator("server"), streams.round, state.params)
+    step = method.server.apply(Dense(torch.from_numpy(mean).float()), state.server, ctx)
+    params = state.params - to_dense(step.update, layout)
+    taken = number(tally, "users") + number(tally, "failed_users") + number(tally, "users_without_data")
+    tally["downlink_bytes"] = taken * len(plan.spec.params)
+    tally |= {f"server.{k}": list(v) if isinstance(v, tuple) else v for k, v in step.measurements.items()}
+    return ServerState(params, step.state, state.round + 1), tally
+
+
+def evaluate_units(site: Site, params: torch.Tensor, units: Iterable[int]) -> list[tuple[int, Counts]]:
+    """Return what each held-out unit adds to the metrics of a model with parameters `params`, shape (d,)."""
+    site.replica.load(params.to(site.replica.params.device))
+    site.replica.model.eval()
+    with torch.inference_mode():
+        return [(unit, site.task.evaluate(site.replica.model, unit)) for unit in units]

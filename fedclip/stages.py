@@ -1,0 +1,186 @@
+"""The vocabulary of experiment files: a function for each named stage, rebuilt from plain data, and nothing that computes.
+
+A stage is written `{ name = { argument = value } }`, or `"module:factory"` and `"file.py:factory"` in the place of the name.
+This module imports no PyTorch, so that a wrong name or argument is refused before anything heavy is loaded.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
+
+from fedclip.doors import load_door
+from fedclip.options import check_arguments, unknown
+from fedclip.schedules import Schedule
+
+if TYPE_CHECKING:
+    from fedclip.clipping import ClipByGlobalNorm, ClipPerLayer
+    from fedclip.codec import DenseCodec
+    from fedclip.local import LocalSGD
+    from fedclip.optimizers import LAMB, SGD, Adam
+    from fedclip.release import Gaussian
+    from fedclip.sampling import Poisson
+    from fedclip.transform import ErrorFeedback, Transform
+
+Grouping = Literal["tensor", "block"]
+"""What a layer is: each tensor, or all tensors of a numbered block."""
+Split = Literal["uniform", "dim", "weights"]
+"""How a bound is split over the layers."""
+Mode = Literal["clip", "normalize"]
+"""What per-layer clipping does with a layer under its bound: leave it, or scale it up too."""
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(ge=1)]
+Rate = Positive | Schedule
+
+
+def clip_by_global_norm(max_norm: Positive) -> "ClipByGlobalNorm":
+    """Clip the whole update to an L2 norm of `max_norm`."""
+    from fedclip.clipping import ClipByGlobalNorm
+
+    return ClipByGlobalNorm(max_norm)
+
+
+def clip_per_layer(
+    max_norm: Positive, split: Split = "dim", mode: Mode = "clip", layers: Grouping = "tensor", weights: tuple[Positive, ...] = ()
+) -> "ClipPerLayer":
+    """Clip each layer to its part of `max_norm`."""
+    from fedclip.clipping import ClipPerLayer
+
+    return ClipPerLayer(max_norm, split, mode, layers, weights)
+
+
+def with_error_feedback(inner: Any) -> "ErrorFeedback":
+    """Add what the stage `inner` did not let through to the same user's next update."""
+    from fedclip.transform import ErrorFeedback, Transform
+
+    return ErrorFeedback(inner if isinstance(inner, Transform) else build_stage(inner))
+
+
+def sgd(lr: Rate, momentum: Fraction = 0.0, nesterov: bool = False) -> "SGD":
+    """Take a step of server SGD, with momentum where asked."""
+    from fedclip.optimizers import SGD
+
+    return SGD(Schedule.of(lr), momentum, nesterov)
+
+
+def adam(lr: Rate, betas: tuple[Fraction, Fraction] = (0.9, 0.999), eps: Positive = 1e-8, weight_decay: NotNegative = 0.0) -> "Adam":
+    """Take a step of server Adam; with `weight_decay`, AdamW."""
+    from fedclip.optimizers import Adam
+
+    return Adam(Schedule.of(lr), betas, eps, weight_decay)
+
+
+def lamb(
+    lr: Rate,
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999),
+    eps: Positive = 1e-6,
+    weight_decay: NotNegative = 0.0,
+    trust_bounds: tuple[NotNegative, Annotated[float, Field(gt=0)]] = (0.0, float("inf")),
+    layers: Grouping = "tensor",
+) -> "LAMB":
+    """Take a step of server LAMB: Adam, normalised layer by layer."""
+    from fedclip.optimizers import LAMB
+
+    return LAMB(Schedule.of(lr), betas, eps, weight_decay, trust_bounds, layers)
+
+
+def poisson(population: Count, cohort: Positive) -> "Poisson":
+    """Take each of `population` users independently with probability `cohort / population`."""
+    from fedclip.sampling import Poisson
+
+    return Poisson(population, cohort)
+
+
+def local_sgd(
+    lr: Positive, steps: Count | None = None, epochs: Count | None = None, batch_size: Count = 8, clip_norm: Positive | None = None, momentum: Fraction = 0.0
+) -> "LocalSGD":
+    """Train locally by plain SGD for a number of steps or epochs."""
+    from fedclip.local import LocalSGD
+
+    return LocalSGD(lr, steps, epochs, batch_size, clip_norm, momentum)
+
+
+def gaussian(noise_multiplier: Positive) -> "Gaussian":
+    """Add Gaussian noise to the sum, with a standard deviation of `noise_multiplier` times the bound of the chain."""
+    from fedclip.release import Gaussian
+
+    return Gaussian(noise_multiplier)
+
+
+def dense() -> "DenseCodec":
+    """Encode every float32 value as it is."""
+    from fedclip.codec import DenseCodec
+
+    return DenseCodec()
+
+
+STAGES: Mapping[str, Callable[..., Any]] = {
+    f.__name__: f for f in (clip_by_global_norm, clip_per_layer, with_error_feedback, sgd, adam, lamb, poisson, local_sgd, gaussian, dense)
+}
+"""Every stage that ships, by name."""
+
+
+def check_stage(spec: Any, where: str) -> None:
+    """Check the name and the arguments of a stage without building it.
+
+    Raises:
+        ConfigError: not a stage, an unknown name, an unknown argument or a value out of range; names the nearest known one.
+    """
+    name, arguments = _parts(spec, where)
+    if ":" in name:
+        return
+    if name not in STAGES:
+        raise unknown(f"{where}.{name}", name, STAGES, "stage")
+    check_arguments(STAGES[name], arguments, f"{where}.{name}")
+    if name == "with_error_feedback":
+        check_stage(arguments["inner"], f"{where}.{name}.inner")
+
+
+def build_stage(spec: Any, where: str = "stage") -> "Transform | Any":
+    """Return the stage that a piece of plain data describes: `"name"` or `{name: {argument: value}}`.
+
+    Raises:
+        ConfigError: as `check_stage`.
+        ValueError: the stage itself refused its arguments.
+    """
+    check_stage(spec, where)
+    name, arguments = _parts(spec, where)
+    factory = load_door(name) if ":" in name else STAGES[name]
+    if ":" not in name:
+        arguments = check_arguments(factory, arguments, f"{where}.{name}")
+    return factory(**arguments)
+
+
+def describe_stage(stage: Any) -> dict[str, Any]:
+    """Return a stage as plain data, from which `build_stage` makes an equal one: its name, or where its class is, and its fields.
+
+    Raises:
+        TypeError: the stage is no dataclass, so that its fields are not known.
+    """
+    if not dataclasses.is_dataclass(stage) or isinstance(stage, type):
+        raise TypeError(f"Expected a stage that is a dataclass (its fields are what travels to clients), got {type(stage).__name__}.")
+    cls = type(stage)
+    name = str(getattr(stage, "stage_name", "")) or getattr(cls, "__door__", f"{cls.__module__}:{cls.__qualname__}")
+    return {name: {f.name: _plain(getattr(stage, f.name)) for f in dataclasses.fields(stage)}}
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "apply") and dataclasses.is_dataclass(value):
+        return describe_stage(value)
+    if isinstance(value, Schedule):
+        return value.model_dump()
+    return [_plain(v) for v in value] if isinstance(value, tuple) else value
+
+
+def _parts(spec: Any, where: str) -> tuple[str, dict[str, Any]]:
+    if isinstance(spec, str):
+        return spec, {}
+    if isinstance(spec, Mapping) and len(spec) == 1:
+        name, arguments = next(iter(spec.items()))
+        if isinstance(arguments, Mapping):
+            return str(name), dict(arguments)
+    raise unknown(where, spec, STAGES, "stage, written { name = { argument = value } }")

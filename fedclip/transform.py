@@ -1,0 +1,208 @@
+"""`Transform`: one pure stage of a client chain; `chain` composes them; the bound on what leaves is derived, never typed in."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from fedclip.layout import Layout
+from fedclip.update import Dense, Update, add, subtract
+
+State = Any
+"""A transform's state: None, a tensor, or a tuple of states. A state is never changed in place."""
+
+Measurements = Mapping[str, float | tuple[float, ...]]
+"""What a stage measured of one user, by name: a number, or one number a layer. Not private."""
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A bound on the L2 norm of one user's update.
+
+    Attributes:
+        total: bound on the norm of the whole vector; infinite when nothing bounds it.
+        per_layer: bounds on the norms of the layers, where each is bounded by itself; None otherwise.
+    """
+
+    total: float
+    per_layer: tuple[float, ...] | None = None
+
+
+UNBOUNDED = Bound(math.inf)
+
+
+@dataclass(frozen=True, eq=False)
+class Ctx:
+    """What a stage may know of the round beside the update and its own state.
+
+    Attributes:
+        layout: how the vector is made up.
+        rng: this user's stream for the chain.
+        round: round number, from 1.
+        params: the parameters that the user started from, shape (d,).
+        weight: this user's weight, in (0, 1] under privacy.
+    """
+
+    layout: Layout
+    rng: np.random.Generator
+    round: int
+    params: torch.Tensor
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """What a stage gives back: the new update, its new state and what it measured."""
+
+    update: Update
+    state: State = None
+    measurements: Measurements = field(default_factory=dict)
+
+
+class Transform(ABC):
+    """One pure stage: inputs stay unchanged, no global random state, nothing hidden.
+
+    Subclasses are frozen dataclasses whose fields are the numbers of an experiment file; that is all that travels.
+    """
+
+    stage_name: ClassVar[str] = ""
+    """The name in experiment files; empty for a stage that comes through a door."""
+
+    @property
+    def name(self) -> str:
+        """The name by which messages know the stage."""
+        return self.stage_name or type(self).__name__
+
+    def init(self, layout: Layout) -> State:
+        """Return the state of a user that was never seen. A stage without state keeps None."""
+        return None
+
+    @abstractmethod
+    def apply(self, update: Update, state: State, ctx: Ctx) -> Step:
+        """Return the transformed update, the next state and the measurements."""
+
+    @abstractmethod
+    def bound(self, incoming: Bound, layout: Layout) -> Bound:
+        """Return the bound on what this stage lets out, given the bound on what comes in.
+
+        A stage that rounds may give back the incoming bound: the guard of the chain enforces it after decoding. A stage
+        that can enlarge an update without limit gives `UNBOUNDED`.
+        """
+
+    @property
+    def guard(self) -> "Transform | None":
+        """The stateless projection that enforces this stage's bound, None when the stage is no clip.
+
+        On an update that this stage has clipped it is the identity.
+        """
+        return None
+
+    def has_momentum(self, ndim: int) -> bool:
+        """Return whether this stage keeps a momentum for tensors of `ndim` dimensions."""
+        return False
+
+
+@dataclass(frozen=True)
+class Chain(Transform):
+    """Stages applied one after another. Its state is the tuple of theirs, its guard that of its last clip."""
+
+    stages: tuple[Transform, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The names of the stages."""
+        return "chain(" + ", ".join(s.name for s in self.stages) + ")"
+
+    def init(self, layout: Layout) -> State:
+        """Return the initial states of the stages."""
+        return tuple(s.init(layout) for s in self.stages)
+
+    def apply(self, update: Update, state: State, ctx: Ctx) -> Step:
+        """Apply each stage to what the one before let out; measurements of one name keep the last."""
+        states, measured = [], dict[str, float | tuple[float, ...]]()
+        for stage, before in zip(self.stages, state, strict=True):
+            step = stage.apply(update, before, ctx)
+            update = step.update
+            states.append(step.state)
+            measured.update(step.measurements)
+        return Step(update, tuple(states), measured)
+
+    def bound(self, incoming: Bound, layout: Layout) -> Bound:
+        """Return what the guard enforces; `UNBOUNDED` where a stage after the last clip can enlarge the update without limit."""
+        if self.guard is not None:
+            return UNBOUNDED if self.unbounded_stage() else self.guard.bound(incoming, layout)
+        for stage in self.stages:
+            incoming = stage.bound(incoming, layout)
+        return incoming
+
+    @property
+    def guard(self) -> Transform | None:
+        """The guard of the last stage that has one."""
+        return next((s.guard for s in reversed(self.stages) if s.guard is not None), None)
+
+    def unbounded_stage(self) -> Transform | None:
+        """Return the first stage after the last clip that bounds nothing, whatever comes in; None where there is none."""
+        clips = [i for i, s in enumerate(self.stages) if s.guard is not None]
+        probe, scalar = Bound(1.0), Layout(("probe",), ((),), ("probe",))
+        after = self.stages[clips[-1] + 1 :] if clips else self.stages
+        return next((s for s in after if math.isinf(s.bound(probe, scalar).total)), None)
+
+    def has_momentum(self, ndim: int) -> bool:
+        """Return whether any stage keeps a momentum for tensors of `ndim` dimensions."""
+        return any(s.has_momentum(ndim) for s in self.stages)
+
+
+def chain(*stages: Transform) -> Chain:
+    """Return the stages as one transform, applied from left to right; `chain()` is the identity."""
+    return Chain(stages)
+
+
+@dataclass(frozen=True)
+class ErrorFeedback(Transform):
+    """Adds what `inner` did not let through to the next update of the same user (Seide et al. 2014; arXiv 1901.09847).
+
+    `x = inner(update + e)`, `e <- update + e - x`. The residual may grow, so that nothing bounds what goes into `inner`:
+    the bound of the whole is what `inner` enforces on an unbounded input, and a clip that comes before counts for nothing.
+    """
+
+    stage_name: ClassVar[str] = "with_error_feedback"
+    inner: Transform
+
+    @property
+    def name(self) -> str:
+        """The wrapper and what it wraps."""
+        return f"with_error_feedback({self.inner.name})"
+
+    def init(self, layout: Layout) -> State:
+        """Return a zero residual, shape (d,), and the state of `inner`."""
+        return torch.zeros(layout.size), self.inner.init(layout)
+
+    def apply(self, update: Update, state: State, ctx: Ctx) -> Step:
+        """Return what `inner` lets through of the update plus the residual."""
+        residual, before = state
+        whole = add(update, Dense(residual), ctx.layout)
+        step = self.inner.apply(whole, before, ctx)
+        left = subtract(whole, step.update, ctx.layout).vector
+        return Step(step.update, (left, step.state), step.measurements)
+
+    def bound(self, incoming: Bound, layout: Layout) -> Bound:
+        """Return the bound of `inner` alone."""
+        return self.inner.bound(UNBOUNDED, layout)
+
+    @property
+    def guard(self) -> Transform | None:
+        """The guard of `inner`."""
+        return self.inner.guard
+
+    def has_momentum(self, ndim: int) -> bool:
+        """Return whether `inner` keeps a momentum for tensors of `ndim` dimensions."""
+        return self.inner.has_momentum(ndim)
+
+
+def with_error_feedback(inner: Transform) -> ErrorFeedback:
+    """Return `inner` with error feedback around it."""
+    return ErrorFeedback(inner)

@@ -1,0 +1,115 @@
+"""`Update`: what one user sends, dense or sparse, and the few operations that clipping, guards, folds and codecs need of it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fedclip.layout import Layout
+
+FLOAT32_FACTORS = (1e-30, 1e30)
+"""Outside this range a scale factor would lose bits or overflow as a float32 number: the product is taken in float64."""
+
+
+@dataclass(frozen=True, eq=False)
+class Dense:
+    """Every coordinate. `vector`: float32, shape (d,)."""
+
+    vector: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Sparse:
+    """Some coordinates, the others zero. `indices`: int64, ascending and distinct, shape (k,); `values`: float32, shape (k,)."""
+
+    indices: torch.Tensor
+    values: torch.Tensor
+
+
+Update = Dense | Sparse
+
+
+def values_of(update: Update) -> torch.Tensor:
+    """Return the stored values: all d of a dense update, the k kept ones of a sparse update."""
+    return update.vector if isinstance(update, Dense) else update.values
+
+
+def with_values(update: Update, values: torch.Tensor) -> Update:
+    """Return the same kind of update with other values at the same places."""
+    return Dense(values) if isinstance(update, Dense) else Sparse(update.indices, values)
+
+
+def pieces(update: Update, layout: Layout) -> tuple[torch.Tensor, ...]:
+    """Return the stored values of each tensor, in order: views, never copies."""
+    if isinstance(update, Dense):
+        return layout.split(update.vector)
+    ends = torch.tensor(layout.sizes, dtype=torch.int64).cumsum(0)
+    cuts = torch.searchsorted(update.indices.cpu(), ends).tolist()
+    return tuple(update.values[a:b] for a, b in zip([0, *cuts[:-1]], cuts, strict=True))
+
+
+def is_finite(update: Update) -> bool:
+    """Return whether no stored value is NaN or infinite."""
+    values = values_of(update)
+    # One pass without a temporary of the vector's size: a NaN or an infinity survives both reductions.
+    return not values.numel() or bool(torch.isfinite(values.amin()) & torch.isfinite(values.amax()))
+
+
+def finite_or_zero(update: Update) -> tuple[Update, bool]:
+    """Return the update and True, or the zero update and False where any value is NaN or infinite."""
+    if is_finite(update):
+        return update, True
+    return with_values(update, torch.zeros_like(values_of(update))), False
+
+
+def layer_norms(update: Update, layout: Layout) -> list[float]:
+    """Return the L2 norm of each layer, summed in float64, so that float32 values up to 3e38 do not overflow."""
+    squares = [0.0] * len(layout.layer_names)
+    for layer, piece in zip(layout.layer_of, pieces(update, layout), strict=True):
+        if piece.numel():
+            squares[layer] += float(torch.linalg.vector_norm(piece, dtype=torch.float64)) ** 2
+    return [float(s) ** 0.5 for s in squares]
+
+
+def norm(update: Update) -> float:
+    """Return the L2 norm of the whole update, summed in float64."""
+    values = values_of(update)
+    return float(torch.linalg.vector_norm(values, dtype=torch.float64)) if values.numel() else 0.0
+
+
+def scale(update: Update, factor: float) -> Update:
+    """Return the update times a number; the same object where the factor is 1."""
+    return update if factor == 1.0 else with_values(update, _times(values_of(update), factor))
+
+
+def scale_layers(update: Update, layout: Layout, factors: Sequence[float]) -> Update:
+    """Return the update with each layer times its factor; the same object where all factors are 1."""
+    if all(f == 1.0 for f in factors):
+        return update
+    parts = zip(layout.layer_of, pieces(update, layout), strict=True)
+    return with_values(update, torch.cat([_times(p, factors[h]) if factors[h] != 1.0 else p for h, p in parts]))
+
+
+def add(a: Update, b: Update, layout: Layout) -> Dense:
+    """Return a + b as a dense update."""
+    return Dense(to_dense(a, layout) + to_dense(b, layout))
+
+
+def subtract(a: Update, b: Update, layout: Layout) -> Dense:
+    """Return a - b as a dense update."""
+    return Dense(to_dense(a, layout) - to_dense(b, layout))
+
+
+def to_dense(update: Update, layout: Layout) -> torch.Tensor:
+    """Return all d coordinates, shape (d,); a dense update gives its own vector, not a copy."""
+    if isinstance(update, Dense):
+        return update.vector
+    vector = torch.zeros(layout.size, dtype=update.values.dtype, device=update.values.device)
+    return vector.index_copy_(0, update.indices, update.values)
+
+
+def _times(values: torch.Tensor, factor: float) -> torch.Tensor:
+    smallest, largest = FLOAT32_FACTORS
+    if factor == 0.0 or smallest <= factor <= largest:
+        return values * factor
+    return (values.double() * factor).float()

@@ -1,0 +1,200 @@
+"""Recipes: a function for each published method, returning a plain `Method`. To add one, write a function and name it in `RECIPES`.
+
+Arguments other than `sampler`, `local` and `mechanism` are what `[strategy]` may say beside `method`. PyTorch is imported when a
+recipe is called, so that a wrong argument is refused at once.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
+
+from fedclip.config import Experiment
+from fedclip.options import check_arguments, unknown
+from fedclip.stages import (
+    Count,
+    Fraction,
+    Grouping,
+    Mode,
+    NotNegative,
+    Positive,
+    Rate,
+    Split,
+    adam,
+    build_stage,
+    clip_by_global_norm,
+    clip_per_layer,
+    gaussian,
+    lamb,
+    local_sgd,
+    poisson,
+    sgd,
+)
+
+if TYPE_CHECKING:
+    from fedclip.method import Method
+    from fedclip.release import Release
+
+Weighting = Literal["uniform", "examples"]
+Betas = tuple[Fraction, Fraction]
+
+
+def fedavg(
+    *,
+    sampler: Any,
+    local: Any,
+    mechanism: Any = None,
+    server_lr: Rate = 1.0,
+    server_momentum: Fraction = 0.0,
+    max_norm: Positive | None = None,
+    weighting: Weighting | None = None,
+    max_examples: Count | None = None,
+    double_momentum: bool = False,
+) -> "Method":
+    """Federated averaging (arXiv 1602.05629), with server momentum FedAvgM (1909.06335), with clip and noise DP-FedAvg (1710.06963).
+
+    Weights are by examples without noise, uniform under noise, unless `weighting` says otherwise.
+    """
+    from fedclip.method import Method
+    from fedclip.transform import chain
+
+    return Method(
+        sampler=sampler,
+        local=local,
+        client=chain(*([clip_by_global_norm(max_norm)] if max_norm else [])),
+        release=_release(sampler, mechanism),
+        server=chain(sgd(server_lr, server_momentum)),
+        weighting=weighting or ("uniform" if mechanism else "examples"),
+        max_examples=max_examples,
+        double_momentum=double_momentum,
+    )
+
+
+def fedopt(
+    *,
+    sampler: Any,
+    local: Any,
+    mechanism: Any = None,
+    optimizer: Literal["sgd", "adam", "lamb"] = "adam",
+    server_lr: Rate = 0.01,
+    betas: Betas = (0.9, 0.99),
+    eps: Positive = 1e-3,
+    max_norm: Positive | None = None,
+    double_momentum: bool = False,
+) -> "Method":
+    """Adaptive federated optimization (arXiv 2003.00295): the mean update is a gradient for a server optimizer.
+
+    `eps` is the paper's tau; `sgd` takes the first of `betas` as momentum.
+    """
+    from fedclip.method import Method
+    from fedclip.transform import chain
+
+    step = {"sgd": lambda: sgd(server_lr, betas[0]), "adam": lambda: adam(server_lr, betas, eps), "lamb": lambda: lamb(server_lr, betas, eps)}
+    return Method(
+        sampler=sampler,
+        local=local,
+        client=chain(*([clip_by_global_norm(max_norm)] if max_norm else [])),
+        release=_release(sampler, mechanism),
+        server=chain(step[optimizer]()),
+        double_momentum=double_momentum,
+    )
+
+
+def pfl4asr(
+    *,
+    sampler: Any,
+    local: Any,
+    mechanism: Any = None,
+    max_norm: Positive,
+    split: Split = "dim",
+    mode: Mode = "clip",
+    layers: Grouping = "tensor",
+    weights: tuple[Positive, ...] = (),
+    server_lr: Rate = 4e-3,
+    betas: Betas = (0.9, 0.999),
+    eps: Positive = 1e-6,
+    weight_decay: NotNegative = 0.0,
+    trust_bounds: tuple[NotNegative, Annotated[float, Field(gt=0)]] = (0.0, float("inf")),
+) -> "Method":
+    """User-level private federated ASR (arXiv 2310.00098, Algorithm 1): clip each layer, one noise on the sum, LAMB on the server."""
+    from fedclip.method import Method
+    from fedclip.transform import chain
+
+    return Method(
+        sampler=sampler,
+        local=local,
+        client=chain(clip_per_layer(max_norm, split, mode, layers, weights)),
+        release=_release(sampler, mechanism),
+        server=chain(lamb(server_lr, betas, eps, weight_decay, trust_bounds)),
+    )
+
+
+def stages(
+    *,
+    sampler: Any,
+    local: Any,
+    mechanism: Any = None,
+    client: list[dict[str, Any]] | None = None,
+    server: list[dict[str, Any]],
+    weighting: Weighting = "uniform",
+    max_examples: Count | None = None,
+    double_momentum: bool = False,
+) -> "Method":
+    """Any method, its stages listed: what `[strategy]` means without `method`."""
+    from fedclip.method import Method
+    from fedclip.transform import chain
+
+    return Method(
+        sampler=sampler,
+        local=local,
+        client=chain(*(build_stage(s, "strategy.client") for s in client or [])),
+        release=_release(sampler, mechanism),
+        server=chain(*(build_stage(s, "strategy.server") for s in server)),
+        weighting=weighting,
+        max_examples=max_examples,
+        double_momentum=double_momentum,
+    )
+
+
+RECIPES: Mapping[str, Callable[..., "Method"]] = {f.__name__: f for f in (fedavg, fedopt, pfl4asr, stages)}
+"""The methods that `strategy.method` may name."""
+
+
+def check_strategy(experiment: Experiment) -> dict[str, Any]:
+    """Return the checked arguments of an experiment's recipe, without building anything.
+
+    Raises:
+        ConfigError: an unknown method or argument, or a value that is not allowed.
+    """
+    method = experiment.strategy.method
+    if method not in RECIPES:
+        raise unknown("strategy.method", method, RECIPES, "method")
+    given = dict(experiment.strategy.model_extra or {})
+    for own in ("sampler", "local", "mechanism"):
+        if own in given:
+            raise unknown(f"strategy.{own}", given[own], (f"[{own if own != 'mechanism' else 'privacy'}]",), "argument; it is a section of its own")
+    arguments = check_arguments(RECIPES[method], {**given, "sampler": None, "local": None, "mechanism": None}, "strategy")
+    return {name: value for name, value in arguments.items() if name in given}
+
+
+def build_method(experiment: Experiment) -> "Method":
+    """Return the method of an experiment.
+
+    Raises:
+        ConfigError: see `check_strategy`.
+        ValueError: the method as a whole is refused; see `Method`.
+    """
+    arguments = check_strategy(experiment)
+    z = experiment.privacy.noise_multiplier
+    return RECIPES[experiment.strategy.method](
+        sampler=poisson(experiment.population.size, experiment.sampler.cohort),
+        local=local_sgd(**check_arguments(local_sgd, experiment.local, "local")),
+        mechanism=gaussian(z) if z is not None else None,
+        **arguments,
+    )
+
+
+def _release(sampler: Any, mechanism: Any) -> "Release":
+    from fedclip.release import Release
+
+    return Release(mechanism, sampler.expected_cohort if mechanism else "weights")
