@@ -21,8 +21,8 @@ class RunOptions(Options):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")] = "run"
     seed: int = 1
     rounds: Annotated[int, Field(ge=1)]
-    out: Path = Path("runs")
-    """Folder in which the run folder is made."""
+    out: Path | None = None
+    """The run folder, which must not hold a run yet; by default `runs/NAME-DATE-TIME`."""
     data_dir: Path | None = None
     """Folder of the data, read in place."""
     engine: Literal["ray", "process"] = "ray"
@@ -35,9 +35,9 @@ class RunOptions(Options):
 
 
 class PopulationOptions(Options):
-    """The users there are."""
+    """The users there are; without a size, all that the data has."""
 
-    size: Annotated[int, Field(ge=1, le=100_000_000)]
+    size: Annotated[int, Field(ge=1, le=100_000_000)] | None = None
 
 
 class SamplerOptions(Options):
@@ -113,7 +113,7 @@ class Experiment(Options):
 
     run: RunOptions
     task: TaskOptions
-    population: PopulationOptions
+    population: PopulationOptions = PopulationOptions()
     sampler: SamplerOptions
     local: dict[str, Any]
     strategy: StrategyOptions = StrategyOptions()
@@ -134,7 +134,8 @@ class Experiment(Options):
         plain = self.plain()
         plain["run"] = {"seed": self.run.seed}
         plain["task"] = {k: v for k, v in plain["task"].items() if k not in ("cache_dir", "cache_mb")}
-        plain.pop("ray")
+        for section in ("ray", "central"):
+            plain.pop(section)
         return hashlib.blake2b(json.dumps(plain, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
@@ -162,6 +163,14 @@ def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
     return make_experiment(values)
 
 
+def apply_overrides(experiment: Experiment, overrides: Sequence[str]) -> Experiment:
+    """Return an experiment with some keys set anew, as `load_experiment` does."""
+    values = experiment.plain()
+    for override in overrides:
+        _override(values, override)
+    return make_experiment(values)
+
+
 def make_experiment(values: Mapping[str, Any]) -> Experiment:
     """Return a checked experiment of plain values.
 
@@ -176,8 +185,9 @@ def make_experiment(values: Mapping[str, Any]) -> Experiment:
     for side in ("client", "server"):
         for stage in getattr(experiment.strategy, side, []):
             check_stage(stage, f"strategy.{side}")
-    if experiment.sampler.cohort > experiment.population.size:
-        raise ConfigError(f"sampler.cohort: expected at most population.size = {experiment.population.size}, got {experiment.sampler.cohort:g}.")
+    size = experiment.population.size
+    if size is not None and experiment.sampler.cohort > size:
+        raise ConfigError(f"sampler.cohort: expected at most population.size = {size}, got {experiment.sampler.cohort:g}.")
     return experiment
 
 

@@ -52,7 +52,7 @@ class LocalSGD:
         replica.model.train()
         velocity = torch.zeros_like(replica.params) if self.momentum else None
         losses = []
-        for batch in self._batches(task, examples, rng):
+        for batch in self.batches(task, examples, rng):
             replica.grads.zero_()
             loss = task.loss(replica.model, batch)
             loss.backward()  # type: ignore[no-untyped-call]
@@ -72,7 +72,8 @@ class LocalSGD:
             velocity.mul_(self.momentum).addcmul_(grads, factor)
             replica.params.add_(velocity, alpha=-self.lr)
 
-    def _batches(self, task: Task, examples: Sequence[Any], rng: np.random.Generator) -> Iterator[Any]:
+    def batches(self, task: Task, examples: Sequence[Any], rng: np.random.Generator) -> Iterator[Any]:
+        """Yield the batches of a user for one round, as many as `steps` or `epochs` say; none where the data gives none."""
         if self.epochs is not None:
             for _ in range(self.epochs):
                 yield from task.batches(examples, self.batch_size, rng)

@@ -33,19 +33,39 @@ def unknown(key: str, value: Any, known: Iterable[str], kind: str) -> ConfigErro
     return ConfigError(f"{key}: '{value}' is no known {kind}; known: {', '.join(names)}.{hint}")
 
 
-def check_arguments(function: Callable[..., Any], arguments: Mapping[str, Any], where: str) -> dict[str, Any]:
+def check_arguments(function: Callable[..., Any], given: Mapping[str, Any], where: str, hidden: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Check plain values against the annotated parameters of a function and return them converted, only those that were given.
+
+    Args:
+        function: what the arguments are for; its parameters are annotated with types that pydantic knows.
+        given: plain values by name.
+        where: the dotted key of the section, for messages.
+        hidden: parameters that the file may not set.
 
     Raises:
         ConfigError: an unknown or missing argument, or a value that is not allowed.
     """
+    checked = _checked(function, given, where, hidden or {})
+    return {name: getattr(checked, name) for name in given}
+
+
+def with_defaults(function: Callable[..., Any], given: Mapping[str, Any], where: str, hidden: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return the same values, checked, as plain data, with the defaults of all the others that have one and it is not None.
+
+    Raises:
+        ConfigError: as `check_arguments`.
+    """
+    return _checked(function, given, where, hidden or {}).model_dump(exclude_none=True)
+
+
+def _checked(function: Callable[..., Any], given: Mapping[str, Any], where: str, hidden: Mapping[str, Any]) -> BaseModel:
     fields: dict[str, Any] = {}
     for name, parameter in inspect.signature(function).parameters.items():
-        annotation = Any if parameter.annotation is inspect.Parameter.empty else parameter.annotation
-        fields[name] = (annotation, ... if parameter.default is inspect.Parameter.empty else parameter.default)
-    model = create_model(function.__name__, __config__=ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True), **fields)
-    checked = validate(model, arguments, where)
-    return {name: getattr(checked, name) for name in checked.model_fields_set}
+        if name not in hidden:
+            annotation = Any if parameter.annotation is inspect.Parameter.empty else parameter.annotation
+            fields[name] = (annotation, ... if parameter.default is inspect.Parameter.empty else parameter.default)
+    model: type[BaseModel] = create_model(function.__name__, __config__=ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True), **fields)
+    return validate(model, given, where)
 
 
 def validate(model: type[T], values: Any, where: str = "") -> T:

@@ -33,6 +33,13 @@ class Replica:
             parameter.grad = gradient.view(parameter.shape)
         self._buffers = [(b, b.clone()) for b in self.model.buffers()]
 
+    @property
+    def flat(self) -> torch.nn.Parameter:
+        """The flat parameters and gradients as one parameter, for optimizers of torch."""
+        parameter = nn.Parameter(self.params, requires_grad=False)
+        parameter.grad = self.grads
+        return parameter
+
     def load(self, params: torch.Tensor) -> None:
         """Start from `params`, shape (d,); buffers (batch statistics) go back to what they were when the replica was made."""
         self.params.copy_(params)

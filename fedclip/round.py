@@ -121,6 +121,15 @@ class Partial:
     errors: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What a round made: the next state, the tally over users in cohort order, and what failed users said, a line each."""
+
+    state: ServerState
+    tally: Tally
+    errors: tuple[str, ...]
+
+
 def begin(method: Method, state: ServerState, layout: Layout, secret: str, run: str) -> Plan:
     """Draw the cohort of the next round and say what its clients are to do."""
     streams = Streams(secret, run, state.round + 1, state.attempt)
@@ -240,25 +249,23 @@ class Collector:
 def train_blocks(site: Site, spec: RoundSpec, blocks: Iterable[Block]) -> Partial:
     """Train the users of some blocks one after another and return their exact sum."""
     client, collector = Client(site, spec), Collector(spec, site.replica.layout)
-    for number_, users in blocks:
+    for block, users in blocks:
         for user in users:
-            collector.take(number_, client.train_user(user))
+            collector.take(block, client.train_user(user))
     return collector.partial()
 
 
-def finish(method: Method, state: ServerState, layout: Layout, plan: Plan, partials: Iterable[Partial]) -> tuple[ServerState, Tally]:
+def finish(method: Method, state: ServerState, layout: Layout, plan: Plan, partials: Iterable[Partial]) -> Outcome:
     """Add the sums, release the mean, take the server step.
-
-    Returns:
-        The next state, and the tally of the round: sums over users in cohort order.
 
     Raises:
         FoldOverflow: more users than the grid has room for.
     """
-    fold, tallies = Fold(layout.size, plan.spec.grid), dict[int, Tally]()
+    fold, tallies, errors = Fold(layout.size, plan.spec.grid), dict[int, Tally](), list[str]()
     for part in partials:
         fold.merge(part.total, part.users)
         tallies |= part.tallies
+        errors += part.errors
     tally = add_up(tallies[n] for n in sorted(tallies))
     streams = plan.spec.streams
     mean = method.release.apply(fold.result().numpy(), number(tally, "weight"), method.bound(layout), streams.generator("noise"))
@@ -268,7 +275,7 @@ def finish(method: Method, state: ServerState, layout: Layout, plan: Plan, parti
     taken = number(tally, "users") + number(tally, "failed_users") + number(tally, "users_without_data")
     tally["downlink_bytes"] = taken * len(plan.spec.params)
     tally |= {f"server.{k}": list(v) if isinstance(v, tuple) else v for k, v in step.measurements.items()}
-    return ServerState(params, step.state, state.round + 1), tally
+    return Outcome(ServerState(params, step.state, state.round + 1), tally, tuple(errors))
 
 
 def evaluate_units(site: Site, params: torch.Tensor, units: Iterable[int]) -> list[tuple[int, Counts]]:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from fedclip.config import Experiment
-from fedclip.options import check_arguments, unknown
+from fedclip.config import Experiment, StrategyOptions
+from fedclip.options import ConfigError, check_arguments, unknown, with_defaults
 from fedclip.stages import (
     Count,
     Fraction,
@@ -34,6 +34,9 @@ from fedclip.stages import (
 if TYPE_CHECKING:
     from fedclip.method import Method
     from fedclip.release import Release
+
+OTHER_SECTIONS = ("sampler", "local", "mechanism")
+"""Arguments of every recipe that sections of their own describe."""
 
 Weighting = Literal["uniform", "examples"]
 Betas = tuple[Fraction, Fraction]
@@ -160,8 +163,8 @@ RECIPES: Mapping[str, Callable[..., "Method"]] = {f.__name__: f for f in (fedavg
 """The methods that `strategy.method` may name."""
 
 
-def check_strategy(experiment: Experiment) -> dict[str, Any]:
-    """Return the checked arguments of an experiment's recipe, without building anything.
+def resolve(experiment: Experiment) -> Experiment:
+    """Return the experiment with every argument of its recipe and of local training written out, without building anything.
 
     Raises:
         ConfigError: an unknown method or argument, or a value that is not allowed.
@@ -170,27 +173,34 @@ def check_strategy(experiment: Experiment) -> dict[str, Any]:
     if method not in RECIPES:
         raise unknown("strategy.method", method, RECIPES, "method")
     given = dict(experiment.strategy.model_extra or {})
-    for own in ("sampler", "local", "mechanism"):
+    for own, section in (("sampler", "sampler"), ("local", "local"), ("mechanism", "privacy")):
         if own in given:
-            raise unknown(f"strategy.{own}", given[own], (f"[{own if own != 'mechanism' else 'privacy'}]",), "argument; it is a section of its own")
-    arguments = check_arguments(RECIPES[method], {**given, "sampler": None, "local": None, "mechanism": None}, "strategy")
-    return {name: value for name, value in arguments.items() if name in given}
+            raise ConfigError(f"strategy.{own}: unknown key; say it in the section [{section}].")
+    arguments = with_defaults(RECIPES[method], given, "strategy", dict.fromkeys(OTHER_SECTIONS))
+    local = with_defaults(local_sgd, experiment.local, "local")
+    return experiment.model_copy(update={"strategy": StrategyOptions(method=method, **arguments), "local": local})
 
 
-def build_method(experiment: Experiment) -> "Method":
+def build_method(experiment: Experiment, users: int) -> "Method":
     """Return the method of an experiment.
 
+    Args:
+        experiment: the experiment.
+        users: how many users the cohort is drawn from.
+
     Raises:
-        ConfigError: see `check_strategy`.
+        ConfigError: see `resolve`; or a cohort larger than the population.
         ValueError: the method as a whole is refused; see `Method`.
     """
-    arguments = check_strategy(experiment)
-    z = experiment.privacy.noise_multiplier
+    experiment = resolve(experiment)
+    z, cohort = experiment.privacy.noise_multiplier, experiment.sampler.cohort
+    if cohort > users:
+        raise ConfigError(f"sampler.cohort: expected at most {users}, the users there are, got {cohort:g}.")
     return RECIPES[experiment.strategy.method](
-        sampler=poisson(experiment.population.size, experiment.sampler.cohort),
-        local=local_sgd(**check_arguments(local_sgd, experiment.local, "local")),
+        sampler=poisson(users, cohort),
+        local=local_sgd(**experiment.local),
         mechanism=gaussian(z) if z is not None else None,
-        **arguments,
+        **check_arguments(RECIPES[experiment.strategy.method], experiment.strategy.model_extra or {}, "strategy", dict.fromkeys(OTHER_SECTIONS)),
     )
 
 

@@ -1,0 +1,45 @@
+"""The ClientApp: trains and evaluates whatever users a message names. The same app serves simulations and devices."""
+
+from functools import lru_cache
+
+import torch
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from clients import messages
+from fedclip.codec import DenseCodec
+from fedclip.replica import Replica
+from fedclip.round import Client, Site, evaluate_units, train_blocks
+from fedclip.tasks.build import TaskRecipe
+
+app = ClientApp()
+
+
+@lru_cache(maxsize=1)
+def resident(task: str, device: str) -> Site:
+    """Return this process's task and model, built at the first message: Flower gives an app no place of its own to keep them."""
+    if device == "cpu":
+        torch.set_num_threads(1)
+    built = TaskRecipe.from_json(task).build()
+    return Site(built, Replica(built.make_model(), device))
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """Train the users of a request one after another; reply with their exact sum, or with each encoded update."""
+    request = messages.read_train_request(message.content)
+    site = resident(request.task, request.device)
+    if request.reply == "sums":
+        return Message(messages.sums_reply(train_blocks(site, request.spec, request.blocks)), reply_to=message)
+    client = Client(site, request.spec)
+    done = [(block, client.train_user(user)) for block, users in request.blocks for user in users]
+    return Message(messages.updates_reply(done), reply_to=message)
+
+
+@app.evaluate()
+def evaluate(message: Message, context: Context) -> Message:
+    """Evaluate the model of a request on its held-out units."""
+    request = messages.read_evaluate_request(message.content)
+    site = resident(request.task, request.device)
+    params = DenseCodec().decode(request.params, site.replica.layout).vector
+    return Message(messages.evaluate_reply(evaluate_units(site, params, request.units)), reply_to=message)

@@ -1,0 +1,163 @@
+"""The message format: what server and clients say to each other, as Flower records. All of it is in this file.
+
+A training request holds the round's specification (JSON of plain data), the task's recipe, the blocks of users, and the encoded model as
+an `Array` of bytes. A reply holds either the exact sum over the users (an int64 `Array`) or each user's encoded update, and what was
+measured. Nothing is unpickled.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+
+from fedclip.round import Block, Contribution, Partial, RoundSpec
+from fedclip.tasks.base import Counts
+
+BYTES_TYPE = "fedclip.bytes"
+"""The `stype` of an `Array` whose data are a codec's payload."""
+
+
+@dataclass(frozen=True, eq=False)
+class TrainRequest:
+    """Train the users of some blocks. `reply` is `"sums"` or `"updates"`; `task` is a recipe as JSON."""
+
+    spec: RoundSpec
+    blocks: tuple[Block, ...]
+    task: str
+    device: str
+    reply: str
+
+
+@dataclass(frozen=True, eq=False)
+class EvaluateRequest:
+    """Evaluate an encoded model on some held-out units."""
+
+    params: bytes
+    units: tuple[int, ...]
+    task: str
+    device: str
+
+
+def model_record(params: bytes) -> ArrayRecord:
+    """Return the record of an encoded model, to be shared by the messages of a round."""
+    return ArrayRecord({"model": _bytes_array(params)})
+
+
+def model_bytes(arrays: ArrayRecord) -> bytes:
+    """Return the encoded model of a record."""
+    return _payload(arrays, "model")
+
+
+def train_request(plan: RoundSpec, blocks: Sequence[Block], task: str, device: str, reply: str, model: ArrayRecord) -> RecordDict:
+    """Return the content of a training request."""
+    config = {"spec": json.dumps(plan.shared()), "task": task, "device": device, "reply": reply, **_pack_blocks(blocks)}
+    return RecordDict({"request": ConfigRecord(config), "model": model})
+
+
+def read_train_request(content: RecordDict) -> TrainRequest:
+    """Return the training request of a message's content."""
+    config = content.config_records["request"]
+    spec = RoundSpec.from_shared(json.loads(_text(config, "spec")), model_bytes(content.array_records["model"]))
+    return TrainRequest(spec, _unpack_blocks(config), _text(config, "task"), _text(config, "device"), _text(config, "reply"))
+
+
+def sums_reply(partial: Partial) -> RecordDict:
+    """Return the content of a reply with the exact sum over users."""
+    total = partial.total.cpu().numpy()
+    array = Array(dtype="int64", shape=total.shape, stype=BYTES_TYPE, data=total.astype("<i8", copy=False).tobytes())
+    said = {"users": partial.users, "tallies": list(partial.tallies.items()), "errors": list(partial.errors)}
+    return RecordDict({"sum": ArrayRecord({"sum": array}), "reply": ConfigRecord({"partial": json.dumps(said)})})
+
+
+def read_sums_reply(content: RecordDict) -> Partial:
+    """Return the partial sum of a reply."""
+    said = json.loads(_text(content.config_records["reply"], "partial"))
+    total = torch.from_numpy(np.frombuffer(_payload(content.array_records["sum"], "sum"), dtype="<i8").astype(np.int64))
+    return Partial(total, said["users"], {int(block): tally for block, tally in said["tallies"]}, tuple(said["errors"]))
+
+
+def updates_reply(contributions: Iterable[tuple[int, Contribution]]) -> RecordDict:
+    """Return the content of a reply with each user's encoded update; each comes with the number of its block."""
+    arrays, said = ArrayRecord(), []
+    for block, contribution in contributions:
+        fields = asdict(contribution)
+        payload = fields.pop("payload")
+        said.append({"block": block, **fields})
+        if payload is not None:
+            arrays[str(contribution.user)] = _bytes_array(payload)
+    return RecordDict({"updates": arrays, "reply": ConfigRecord({"contributions": json.dumps(said)})})
+
+
+def read_updates_reply(content: RecordDict) -> list[tuple[int, Contribution]]:
+    """Return the contributions of a reply, each with the number of its block."""
+    arrays = content.array_records["updates"]
+    contributions = []
+    for said in json.loads(_text(content.config_records["reply"], "contributions")):
+        block, key = said.pop("block"), str(said["user"])
+        contributions.append((block, Contribution(payload=_payload(arrays, key) if key in arrays else None, **said)))
+    return contributions
+
+
+def evaluate_request(units: Sequence[int], task: str, device: str, model: ArrayRecord) -> RecordDict:
+    """Return the content of an evaluation request."""
+    return RecordDict({"request": ConfigRecord({"units": list(units), "task": task, "device": device}), "model": model})
+
+
+def read_evaluate_request(content: RecordDict) -> EvaluateRequest:
+    """Return the evaluation request of a message's content."""
+    config = content.config_records["request"]
+    units = tuple(_integers(config, "units"))
+    return EvaluateRequest(model_bytes(content.array_records["model"]), units, _text(config, "task"), _text(config, "device"))
+
+
+def evaluate_reply(counts: Sequence[tuple[int, Counts]]) -> RecordDict:
+    """Return the content of a reply with what each unit counted."""
+    return RecordDict({"reply": ConfigRecord({"counts": json.dumps([[unit, dict(c)] for unit, c in counts])})})
+
+
+def read_evaluate_reply(content: RecordDict) -> list[tuple[int, Counts]]:
+    """Return the units' counts of a reply."""
+    return [(int(unit), c) for unit, c in json.loads(_text(content.config_records["reply"], "counts"))]
+
+
+def _pack_blocks(blocks: Sequence[Block]) -> dict[str, list[int]]:
+    return {
+        "block_numbers": [number for number, _ in blocks],
+        "block_sizes": [len(users) for _, users in blocks],
+        "users": [user for _, users in blocks for user in users],
+    }
+
+
+def _unpack_blocks(config: ConfigRecord) -> tuple[Block, ...]:
+    users = iter(_integers(config, "users"))
+    sizes = zip(_integers(config, "block_numbers"), _integers(config, "block_sizes"), strict=True)
+    return tuple((number, tuple(next(users) for _ in range(size))) for number, size in sizes)
+
+
+def _bytes_array(payload: bytes) -> Array:
+    return Array(dtype="uint8", shape=(len(payload),), stype=BYTES_TYPE, data=payload)
+
+
+def _payload(arrays: ArrayRecord, key: str) -> bytes:
+    array = arrays[key]
+    if array.stype != BYTES_TYPE:
+        raise ValueError(f"Expected an Array of type {BYTES_TYPE} under '{key}', got '{array.stype}'; sent by another program?")
+    return array.data
+
+
+def _text(config: ConfigRecord, key: str) -> str:
+    value: Any = config[key]
+    if not isinstance(value, str):
+        raise ValueError(f"Expected text under '{key}', got {type(value).__name__}; sent by another program?")
+    return value
+
+
+def _integers(config: ConfigRecord, key: str) -> list[int]:
+    value: Any = config[key]
+    if not isinstance(value, list) or not all(isinstance(v, int) for v in value):
+        raise ValueError(f"Expected integers under '{key}', got {value!r:.80}; sent by another program?")
+    return value

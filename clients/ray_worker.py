@@ -1,0 +1,153 @@
+"""The Ray actors under `RayGrid`: how Ray and they are started, and what one does with a message."""
+
+import importlib
+import logging
+import math
+import os
+import signal
+import site
+import sys
+import sysconfig
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+from typing import Any, cast
+
+import ray
+from flwr.app import Array, Context, Error, Message, RecordDict, UserConfig
+from flwr.common.constant import ErrorCode
+
+from clients.identity import Identity, assume
+from clients.lanes import FIRST_NODE_ID
+
+TASK_RETRIES = 2  # so often a message whose worker died is done again; then it's an error, as it may be what kills the worker
+ClientCallable = Callable[[Message, Context], Message]
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What Ray sets aside for each worker.
+
+    Args:
+        num_cpus: Processor cores, at least 0. Whatever it says, a worker computes on one thread.
+        num_gpus: GPUs, at least 0; a fraction lets workers share one.
+    """
+
+    num_cpus: float = 1.0
+    num_gpus: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        for name, value in (("num_cpus", self.num_cpus), ("num_gpus", self.num_gpus)):
+            if not 0 <= value < math.inf:
+                raise ValueError(f"Expected {name} >= 0, got {value}. Give what one worker needs, such as num_cpus=1, num_gpus=0.5.")
+
+
+ONE_CORE = Resources()
+
+
+class Worker:
+    """The actor: holds the client app, and runs it on one message at a time."""
+
+    def __init__(self, app: str | bytes, run_config: UserConfig, nodes: int) -> None:
+        """Load the app; where that fails, say so in answer to each message."""
+        # Ctrl-C reaches every process of the terminal; the driver alone decides how the run ends.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        register_arrays()
+        self._run_config, self._nodes = run_config, nodes
+        self._app: ClientCallable | None = None
+        self._failure = ""
+        try:
+            self._app = _load(app)
+        except (Exception, SystemExit) as error:  # answered to each message: an actor whose constructor raises can say nothing
+            self._failure = _reason(error)
+        if "torch" in sys.modules:  # an app that imports it later finds OMP_NUM_THREADS
+            sys.modules["torch"].set_num_threads(1)
+
+    def run(self, message: Message, state: RecordDict | None, names: tuple[str, ...], *records: Any) -> tuple[Message, RecordDict | None]:
+        """Run the app on a message; return its reply and the node's new state, None (as it was) if the app failed."""
+        meta = message.metadata
+        assume(Identity(meta.run_id, meta.dst_node_id))
+        if self._app is None:
+            return Message(Error(ErrorCode.LOAD_CLIENT_APP_EXCEPTION, self._failure), reply_to=message), None
+        config: UserConfig = {"partition-id": meta.dst_node_id - FIRST_NODE_ID, "num-partitions": self._nodes}
+        context = Context(meta.run_id, meta.dst_node_id, config, RecordDict() if state is None else state, dict(self._run_config))
+        try:
+            message.content = RecordDict(dict(zip(names, records, strict=True)))
+            reply = self._app(message, context)
+            if not isinstance(reply, Message) or reply.metadata.reply_to_message_id != meta.message_id:
+                raise TypeError(f"Expected the client app to return Message(content, reply_to=message), got {type(reply).__name__}.")
+        except (Exception, SystemExit) as error:  # an exit would end the actor, and nobody would learn why
+            return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, _reason(error)), reply_to=message), None
+        return reply, context.state
+
+
+def join_ray(address: str | None, workers: int, resources: Resources, object_store_bytes: int, log_to_driver: bool) -> None:
+    """Start Ray, or connect to a cluster, unless this process has done so; quietly, and with no more cores than the workers need.
+
+    Raises:
+        ValueError: The cluster is too small.
+    """
+    if not ray.is_initialized():
+        # Ray reads both from the environment only: it would report usage to its makers, and warn of a default that is to change.
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        where = address or os.environ.get("RAY_ADDRESS") or "local"
+        room: dict[str, Any] = {}
+        if where == "local":
+            room = {"num_cpus": max(workers, math.ceil(workers * resources.num_cpus)), "object_store_memory": object_store_bytes}
+            if not resources.num_gpus:
+                room["num_gpus"] = 0
+        ray.init(address=where, include_dashboard=False, log_to_driver=log_to_driver, logging_level=logging.ERROR, **room)
+    there: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]  # Ray gives it no types
+    for name, each in (("CPU", resources.num_cpus), ("GPU", resources.num_gpus)):
+        if workers * each > there.get(name, 0.0) + 1e-6:
+            raise ValueError(
+                f"Expected Ray to have {workers * each:g} {name} for {workers} workers of {each:g}, it has {there.get(name, 0.0):g}. "
+                "Ask for fewer workers or less for each, or give Ray more."
+            )
+
+
+def start_workers(app: str | ClientCallable, run_config: UserConfig, nodes: int, workers: int, resources: Resources) -> list[Any]:
+    """Start the actors, without waiting for them."""
+    register_arrays()
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(_own_paths())}
+    actor = ray.remote(Worker).options(
+        num_cpus=resources.num_cpus,
+        num_gpus=resources.num_gpus,
+        max_restarts=-1,
+        max_task_retries=TASK_RETRIES,
+        runtime_env={"env_vars": environment},
+    )
+    # As bytes, so that what can't be unpickled there is answered by the actor rather than ending it.
+    portable = app if isinstance(app, str) else cast(bytes, ray.cloudpickle.dumps(app))  # type: ignore[no-untyped-call]  # Ray gives it no types
+    return [actor.remote(portable, run_config, nodes) for _ in range(workers)]
+
+
+def register_arrays() -> None:
+    """Let this process pickle Flower arrays whose `object_id` was computed: those hold memory views, which don't pickle."""
+    ray.util.register_serializer(
+        Array, serializer=lambda array: (array.dtype, array.shape, array.stype, array.data), deserializer=lambda fields: Array(*fields)
+    )
+
+
+def _own_paths() -> list[str]:
+    """Return the import paths of this process that another one with the same Python would lack."""
+    common = {*sysconfig.get_paths().values(), *site.getsitepackages(), site.getusersitepackages()}
+    paths = [Path(path).absolute() for path in sys.path if not path.endswith(".zip")]
+    here = [str(path) for path in paths if common.isdisjoint((str(path), str(path.parent)))]
+    return [*dict.fromkeys([*here, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))])]
+
+
+def _load(app: str | bytes) -> ClientCallable:
+    if isinstance(app, bytes):
+        return cast(ClientCallable, ray.cloudpickle.loads(app))
+    module, _, attribute = app.partition(":")
+    return cast(ClientCallable, reduce(getattr, attribute.split("."), importlib.import_module(module)))
+
+
+def _reason(error: BaseException) -> str:
+    """Return Flower's own form of an error's reason, and where it was raised, as a worker's terminal isn't shown."""
+    return f"{type(error)}:<'{error}'>\n" + "".join(traceback.format_exception(error)).rstrip()

@@ -1,0 +1,49 @@
+"""What the commands do, once their input is checked. Imports PyTorch."""
+
+import json
+from pathlib import Path
+
+from experiments.central import train_central
+from experiments.engines import open_engine
+from experiments.live import Reporter, describe_result
+from experiments.prepare import on_folder, prepare
+from experiments.run import DONE, run_rounds
+from fedclip.config import Experiment, apply_overrides
+from fedclip.model_file import flatten, load_model
+from fedclip.replica import Replica
+from fedclip.round import Site, evaluate_units
+from strategies.recipes import resolve
+
+
+def run_command(experiment: Experiment, path: Path, quiet: bool) -> int:
+    """Run an experiment and return the exit status."""
+    prepared = prepare(experiment)
+    with Reporter(experiment.run.rounds, quiet) as reporter:
+        reporter.say(f"{experiment.run.name}: {prepared.experiment.population.size:,} users, cohorts of about {prepared.experiment.sampler.cohort:g}")
+        with open_engine(prepared) as engine:
+            return run_rounds(prepared, engine, path, reporter)
+
+
+def central_command(experiment: Experiment, path: Path, quiet: bool) -> int:
+    """Train the central baseline and return the exit status."""
+    prepared = prepare(experiment)
+    with Reporter(experiment.run.rounds, quiet) as reporter:
+        return train_central(prepared, path, reporter)
+
+
+def evaluate_command(model: Path, overrides: list[str], data_dir: Path | None, as_json: bool) -> int:
+    """Evaluate a saved model, print the metrics, and return the exit status."""
+    experiment, tensors = load_model(model / "checkpoints" / "model.safetensors" if model.is_dir() else model)
+    experiment = resolve(apply_overrides(experiment, overrides))
+    prepared = prepare(on_folder(experiment, data_dir) if data_dir is not None else experiment)
+    task = prepared.task
+    site = Site(task, Replica(task.make_model(), experiment.run.device))
+    counts = evaluate_units(site, flatten(tensors, site.replica.layout), range(task.held_out_units))
+    metrics = task.summarise([c for _, c in counts], 0)
+    if as_json:
+        print(json.dumps(metrics))
+    else:
+        print(f"{task.held_out_units} held-out units{describe_result(metrics)}")
+        for name, value in metrics.items():
+            print(f"  {name} {value:.4g}")
+    return DONE

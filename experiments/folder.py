@@ -1,0 +1,121 @@
+"""`RunFolder`: the files that a run leaves behind. Other programs read them; docs/run-folder.md says what is in them."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+import torch
+
+from fedclip.config import Experiment
+from fedclip.layout import Layout
+from fedclip.model_file import save_model
+from fedclip.options import ConfigError
+
+PACKAGES = ("fedclip", "flwr", "ray", "torch", "torchaudio", "numpy", "jiwer", "soundfile")
+
+
+class RunFolder:
+    """One run's folder, made anew: a folder that already holds a run is refused.
+
+    Args:
+        path: where.
+        experiment: what is run, resolved.
+
+    Raises:
+        ConfigError: the folder holds a run already, or cannot be written.
+    """
+
+    def __init__(self, path: Path, experiment: Experiment) -> None:
+        self.path, self._experiment = path, experiment
+        check_free(path)
+        try:
+            (path / "checkpoints").mkdir(parents=True)
+            (path / "config.toml").write_text(tomli_w.dumps(experiment.plain()), encoding="utf-8")
+            write_atomically(path / "environment.json", json.dumps(environment(experiment), indent=2) + "\n")
+            self._metrics = (path / "metrics.jsonl").open("w", encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"The run folder {path} cannot be written: {error}; choose another by --out.") from error
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._board = SummaryWriter(str(path / "tensorboard"))  # type: ignore[no-untyped-call]
+
+    @property
+    def model_path(self) -> Path:
+        """The file of the model."""
+        return self.path / "checkpoints" / "model.safetensors"
+
+    def record(self, row: dict[str, Any]) -> None:
+        """Append a round to `metrics.jsonl` and to TensorBoard."""
+        self._metrics.write(json.dumps(row) + "\n")
+        self._metrics.flush()
+        for name, value in row.items():
+            if name not in ("round", "attempt") and isinstance(value, int | float):
+                self._board.add_scalar(name, value, row["round"])  # type: ignore[no-untyped-call]
+
+    def save_model(self, params: torch.Tensor, layout: Layout, round: int) -> None:
+        """Write the model of a round in the place of the one before."""
+        save_model(self.model_path, params, layout, self._experiment, round)
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Write `summary.json` last of all: a folder without it holds a run that did not end in order."""
+        self._metrics.close()
+        self._board.close()  # type: ignore[no-untyped-call]
+        write_atomically(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+
+
+def check_free(path: Path) -> None:
+    """Refuse a folder that already holds a run.
+
+    Raises:
+        ConfigError: it does, or it is no folder.
+    """
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"--out: {path} is a file; give a folder.")
+    if (path / "config.toml").exists():
+        raise ConfigError(f"--out: {path} already holds a run; give another folder, or take that one away.")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the rounds of a run folder's `metrics.jsonl`."""
+    return [json.loads(line) for line in (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file so that it is there whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def environment(experiment: Experiment) -> dict[str, Any]:
+    """Return what a run ran on: versions, seed, the digest that names it in the random streams, and the commit of the source."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    return {
+        "versions": versions,
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "cores": os.cpu_count(),
+        "seed": experiment.run.seed,
+        "run": experiment.digest,
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() or None

@@ -1,0 +1,117 @@
+"""What a person sees while a run goes on: a live table on a terminal, plain lines elsewhere."""
+
+import time
+from collections import deque
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+COLUMNS = ("round", "loss", "error", "up", "down", "users/s", "time left")
+SHOWN_ROUNDS = 12
+SECONDS_BETWEEN_LINES = 5.0
+
+
+class Reporter:
+    """Shows the rounds of a run as they end.
+
+    Args:
+        rounds: rounds to come.
+        quiet: show the end only.
+        console: where to.
+    """
+
+    def __init__(self, rounds: int, quiet: bool, console: Console | None = None) -> None:
+        self._console = console or Console()
+        self._rounds, self._quiet = rounds, quiet
+        self._rows: deque[tuple[str, ...]] = deque(maxlen=SHOWN_ROUNDS)
+        self._error = ""
+        self._last_line = -SECONDS_BETWEEN_LINES
+        self._live = Live(console=self._console, refresh_per_second=4) if self._console.is_terminal and not quiet else None
+
+    def __enter__(self) -> Self:
+        """Start showing."""
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Leave the terminal as it was."""
+        if self._live is not None:
+            self._live.stop()
+
+    def say(self, text: str) -> None:
+        """Say something beside the table."""
+        if not self._quiet:
+            self._console.print(text, highlight=False)
+
+    def round(self, row: dict[str, Any], seconds: float) -> None:
+        """Show a round; `seconds` is the time since the start of the run."""
+        cells = self._cells(row, seconds)
+        self._rows.append(cells)
+        if self._live is not None:
+            self._live.update(self._table())
+        elif not self._quiet:
+            self._line(row, cells, "eval_loss" in row)
+
+    def end(self, summary: dict[str, Any], path: Path, errors: list[str]) -> None:
+        """Say how the run ended and where its folder is."""
+        if self._live is not None:
+            self._live.stop()
+        failed = summary["failed_users_total"]
+        if failed:
+            self._console.print(f"{failed} of {failed + summary['users_total']} users failed, each counted as zero:", highlight=False)
+            for error in errors:
+                self._console.print(f"  {error}", highlight=False, markup=False)
+        result = describe_result(summary)
+        self._console.print(f"{summary['status']}: {summary['rounds']} rounds in {summary['total_seconds']:.0f} s{result}", highlight=False)
+        self._console.print(f"run folder: {path}", highlight=False, soft_wrap=True)
+
+    def _cells(self, row: dict[str, Any], seconds: float) -> tuple[str, ...]:
+        for key, name in (("wer", "WER"), ("accuracy", "accuracy")):
+            if key in row:
+                self._error = f"{name} {100 * row[key]:.1f}%"
+        left = seconds / row["round"] * (self._rounds - row["round"])
+        loss = "-" if row["train_loss"] is None else f"{row['train_loss']:.3f}"
+        rate = f"{row['users_per_second']:.1f}"
+        return (f"{row['round']}/{self._rounds}", loss, self._error or "-", size(row["uplink_bytes"]), size(row["downlink_bytes"]), rate, clock(left))
+
+    def _table(self) -> Table:
+        table = Table(*COLUMNS, box=None, pad_edge=False)
+        for cells in self._rows:
+            table.add_row(*cells)
+        return table
+
+    def _line(self, row: dict[str, Any], cells: tuple[str, ...], evaluated: bool) -> None:
+        now = time.monotonic()
+        if evaluated or row["round"] == 1 or now - self._last_line >= SECONDS_BETWEEN_LINES:
+            self._last_line = now
+            words = [cells[0], f"loss {cells[1]}", cells[2], f"up {cells[3]}", f"down {cells[4]}", f"{cells[5]} users/s", f"{cells[6]} left"]
+            self._console.print("  ".join(words), highlight=False, soft_wrap=True)
+
+
+def describe_result(metrics: dict[str, Any]) -> str:
+    """Return the headline of a set of metrics, with its interval, empty where it was not evaluated."""
+    for key, name in (("wer", "WER"), ("accuracy", "accuracy")):
+        if key in metrics:
+            value, low, high = (100 * metrics[k] for k in (key, f"{key}_low", f"{key}_high"))
+            return f", {name} {value:.1f}% (95% interval {low:.1f} to {high:.1f})"
+    return ""
+
+
+def size(count: float) -> str:
+    """Return a number of bytes for people: `size(12_300_000)` is `12.3 MB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def clock(seconds: float) -> str:
+    """Return a duration for people: `clock(65)` is `1:05`."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"

@@ -1,0 +1,98 @@
+"""From an experiment file to what a run needs: everything that can be refused is refused here, before a folder is made."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedclip.config import Experiment, load_experiment, make_experiment
+from fedclip.options import ConfigError
+from strategies.recipes import build_method, resolve
+
+if TYPE_CHECKING:
+    from fedclip.method import Method
+    from fedclip.tasks.base import Task
+    from fedclip.tasks.build import TaskRecipe
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A checked experiment with its task and method. `population.size` and the cohort are numbers that the data can give."""
+
+    experiment: Experiment
+    recipe: "TaskRecipe"
+    task: "Task"
+    method: "Method"
+
+
+def read_experiment(path: Path, overrides: list[str], data_dir: Path | None = None) -> Experiment:
+    """Return the resolved experiment of a file, with keys set anew, on the user's own data where a folder is given.
+
+    Imports no PyTorch.
+
+    Raises:
+        ConfigError: the file, a key, a value or the folder is refused.
+    """
+    experiment = resolve(load_experiment(path, overrides))
+    return on_folder(experiment, data_dir) if data_dir is not None else experiment
+
+
+def on_folder(experiment: Experiment, folder: Path) -> Experiment:
+    """Return the experiment with its data read from a folder.
+
+    An experiment on the embedded corpus changes to the corpus whose layout the folder has, and to the speakers that are there.
+
+    Raises:
+        ConfigError: no such folder, or a layout that is not known.
+    """
+    if not folder.is_dir():
+        raise ConfigError(f"No such data folder: {folder}; give the folder of the recordings by --data-dir.")
+    values = experiment.plain()
+    values["run"]["data_dir"] = str(folder)
+    if values["task"]["name"] == "asr" and values["task"]["corpus"]["kind"] == "embedded":
+        values["task"]["corpus"] = {"kind": corpus_kind(folder)}
+        values["population"] = {}
+    return resolve(make_experiment(values))
+
+
+def corpus_kind(folder: Path) -> str:
+    """Return the kind of corpus that a folder's layout tells.
+
+    Raises:
+        ConfigError: none of the known layouts.
+    """
+    if any((folder / name).is_file() for name in ("manifest.csv", "manifest.tsv")):
+        return "manifest"
+    if (folder / "recordings").is_dir():
+        return "spoken_digits"
+    raise ConfigError(
+        f"No known layout in {folder}: expected a manifest.csv or manifest.tsv with the columns speaker, path and text, "
+        "or recordings/<digit>_<speaker>_<number>.wav."
+    )
+
+
+def prepare(experiment: Experiment) -> Prepared:
+    """Return the experiment with its task built, its population known and its method checked.
+
+    Without `population.size` the population is all the users that the data has, and a larger cohort means all of them.
+
+    Raises:
+        ConfigError: the task, its data or the method are refused.
+    """
+    from fedclip.tasks.build import TaskRecipe
+
+    size = experiment.population.size
+    task = TaskRecipe.of(experiment).build()
+    if size is None:
+        cohort = min(experiment.sampler.cohort, float(task.users))
+        sampler = experiment.sampler.model_copy(update={"cohort": cohort})
+        population = experiment.population.model_copy(update={"size": task.users})
+        experiment = experiment.model_copy(update={"population": population, "sampler": sampler})
+    elif size > task.users:
+        raise ConfigError(f"population.size: expected at most {task.users}, the users that the data has, got {size}; leave it out to take them all.")
+    try:
+        method = build_method(experiment, experiment.population.size or task.users)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"strategy: {error}") from error
+    return Prepared(experiment, TaskRecipe.of(experiment), task, method)

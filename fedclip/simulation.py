@@ -1,0 +1,78 @@
+"""A whole run in one process: no Flower, no Ray, the same bits."""
+
+from collections.abc import Callable
+
+import torch
+
+from fedclip.layout import Layout
+from fedclip.method import Method, ServerState
+from fedclip.replica import Replica
+from fedclip.round import Outcome, Site, begin, evaluate_units, finish, train_blocks
+from fedclip.tasks.base import Task
+
+
+class InProcess:
+    """Rounds of a method on a task, one user after another in this process.
+
+    Args:
+        method: the method.
+        task: the task.
+        secret: the master secret of the random streams.
+        run: the name of the run in the random streams.
+        device: where to train.
+
+    Attributes:
+        state: the state after the last round.
+    """
+
+    def __init__(self, method: Method, task: Task, secret: str, run: str, device: str = "cpu") -> None:
+        # Bits depend on how torch cuts a reduction into threads; workers have one each.
+        torch.set_num_threads(1)
+        self.method, self.site = method, Site(task, Replica(task.make_model(), device))
+        self.state = ServerState.initial(initial_params(task), method, self.layout)
+        self._secret, self._run = secret, run
+
+    @property
+    def layout(self) -> Layout:
+        """The layout of the model."""
+        return self.site.replica.layout
+
+    def round(self) -> Outcome:
+        """Do one more round and return what it made."""
+        plan = begin(self.method, self.state, self.layout, self._secret, self._run)
+        outcome = finish(self.method, self.state, self.layout, plan, [train_blocks(self.site, plan.spec, plan.blocks)])
+        self.state = outcome.state
+        return outcome
+
+    def evaluate(self) -> dict[str, float]:
+        """Return the metrics of the current model on all held-out units."""
+        counts = evaluate_units(self.site, self.state.params, range(self.site.task.held_out_units))
+        return self.site.task.summarise([c for _, c in counts], self.state.round)
+
+
+def initial_params(task: Task) -> torch.Tensor:
+    """Return the flat initial parameters of a task's model, float32, shape (d,)."""
+    return Replica(task.make_model()).params
+
+
+def simulate(method: Method, task: Task, *, rounds: int, seed: int = 1, each_round: Callable[[Outcome], None] | None = None) -> Outcome:
+    """Run a method on a task from its initial weights and return the last outcome.
+
+    Args:
+        method: the method.
+        task: the task.
+        rounds: rounds to run, at least 1.
+        seed: all randomness follows from it.
+        each_round: called after each round.
+
+    Raises:
+        ValueError: no rounds.
+    """
+    if rounds < 1:
+        raise ValueError(f"Expected at least 1 round, got {rounds}.")
+    engine = InProcess(method, task, f"seed:{seed}", "simulate")
+    for _ in range(rounds):
+        outcome = engine.round()
+        if each_round is not None:
+            each_round(outcome)
+    return outcome

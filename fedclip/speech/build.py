@@ -1,0 +1,53 @@
+"""From configuration to a corpus: the one place that knows all kinds."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from fedclip.speech.corpus import Corpus
+from fedclip.speech.embedded import EmbeddedCorpus
+from fedclip.speech.errors import CorpusError
+from fedclip.speech.options import CorpusOptions, EmbeddedOptions, ManifestOptions, SpokenDigitsOptions
+
+
+def build_corpus(options: CorpusOptions, *, population: int | None, data_dir: Path | None, seed: int) -> Corpus:
+    """Return the corpus that the options describe.
+
+    Args:
+        options: The corpus section of a configuration.
+        population: How many training speakers there are to be: of recorded speech the first so many by name, or all (None).
+        data_dir: The folder of recorded speech; the embedded corpus reads nothing.
+        seed: Decides the virtual speakers, or how held-out digits are joined.
+
+    Raises:
+        CorpusError: the folder is not given or not as it should be, a recording is unreadable, or there are too few speakers.
+    """
+    if isinstance(options, EmbeddedOptions):
+        if population is None:
+            raise CorpusError("The embedded corpus has any number of speakers, but no population is set; set it, to 1000 say.")
+        return EmbeddedCorpus(options, population, seed)
+    if data_dir is None:
+        raise CorpusError(f"The corpus '{options.kind}' reads recordings, but data_dir is not set; set it to their folder.")
+    return _open_recorded(options, population, data_dir, seed)
+
+
+def _open_recorded(options: ManifestOptions | SpokenDigitsOptions, population: int | None, data_dir: Path, seed: int) -> Corpus:
+    try:
+        # Reading files needs packages that the embedded corpus does without.
+        from fedclip.speech.recorded import ManifestCorpus, SpokenDigitsCorpus
+    except ModuleNotFoundError as error:
+        raise CorpusError(f"Reading recordings needs the package {error.name}; install it with: pip install 'fedclip[speech]'") from error
+    corpus: ManifestCorpus | SpokenDigitsCorpus
+    if isinstance(options, ManifestOptions):
+        corpus = ManifestCorpus.open(options, data_dir)
+    else:
+        corpus = SpokenDigitsCorpus.open(options, data_dir, seed)
+    corpus.check()
+    speakers = corpus.train_speakers
+    if population is None or population == speakers:
+        return corpus
+    if not 1 <= population <= speakers:
+        raise CorpusError(
+            f"The population is {population}, but {data_dir} has {speakers} training speakers; set the population to {speakers} or less, "
+            "or take the embedded corpus, which has any number."
+        )
+    return replace(corpus, index=corpus.index.first(population))

@@ -1,0 +1,254 @@
+"""Speech recognition as a task: speakers are users, the loss is CTC over characters, the metrics are WER and CER."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Self, overload
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedclip.asr.cache import Recording, open_cache
+from fedclip.asr.features import LogMel, spec_augment
+from fedclip.asr.metrics import bootstrap_interval, count_errors, error_rate
+from fedclip.asr.model import ctc_losses, make_transformer
+from fedclip.asr.options import AsrOptions
+from fedclip.asr.text import SYMBOLS, encode, frames_needed, greedy, normalise
+from fedclip.speech.build import build_corpus
+from fedclip.speech.corpus import SAMPLE_RATE, Corpus, Utterance
+
+EVALUATION_BATCH: Final = 16
+"""Utterances a batch in evaluation. It alters no result: padding doesn't reach an utterance."""
+
+LENGTH_JITTER: Final = 0.2
+"""How far an utterance may move when a user's utterances are sorted by length, as a share of its length."""
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """What an utterance is to training: float16 features, shape (time, mel), its symbols, and its normalised text."""
+
+    features: Tensor
+    target: tuple[int, ...]
+    text: str
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """How many utterances of a user can't be trained on, and why."""
+
+    over_long: int = 0
+    """Longer than `max_seconds`."""
+    untranscribable: int = 0
+    """Nothing said, or characters that have no symbol (digits, other alphabets)."""
+    too_short: int = 0
+    """Fewer output frames than its text needs."""
+
+
+@dataclass(frozen=True, eq=False)
+class Examples(Sequence[Example]):
+    """The examples of a user, with the count of those left out. Empty where nothing of a user can be used."""
+
+    items: tuple[Example, ...]
+    left_out: LeftOut
+
+    def __len__(self) -> int:
+        """Return how many examples there are."""
+        return len(self.items)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Example, ...]: ...
+    def __getitem__(self, index: int | slice) -> Example | tuple[Example, ...]:
+        """Return one example, or those of a slice."""
+        return self.items[index]
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Padded utterances: what a model and the CTC loss take."""
+
+    features: Tensor
+    """float32, 0 past the end of an utterance, shape (batch, time, mel)."""
+    lengths: Tensor
+    """Frames of each utterance, shape (batch,)."""
+    targets: Tensor
+    """The symbols of all utterances one after another, shape (sum of target_lengths,)."""
+    target_lengths: Tensor
+    """Shape (batch,)."""
+
+    def to(self, device: torch.device) -> Self:
+        """Return the batch on a device: itself if it is there."""
+        if self.features.device == device:
+            return self
+        return type(self)(*(t.to(device) for t in (self.features, self.lengths, self.targets, self.target_lengths)))
+
+
+class AsrTask:
+    """Speech recognition by characters (see `fedclip.tasks.base.Task` for what each method promises)."""
+
+    def __init__(self, options: AsrOptions, corpus: Corpus, seed: int, make_model: Callable[[], nn.Module] | None = None) -> None:
+        """Join a corpus and a model.
+
+        Args:
+            options: Features, augmentation, model and cache; the corpus section was used to build `corpus`.
+            corpus: Who speaks.
+            seed: Fixes the initial weights.
+            make_model: Any `Module(features, lengths) -> (logits, frames)` instead of the transformer of `options.model`,
+                with the same weights at each call. Utterances that need more frames than it has add nothing to the loss.
+        """
+        self._options = options
+        self._corpus = corpus
+        self._seed = seed
+        self._make_model = make_model
+        self._log_mel = LogMel(options.features)
+        self._cache = open_cache(options.cache_dir, options.cache_mb)
+
+    @property
+    def users(self) -> int:
+        """Return how many training speakers there are."""
+        return self._corpus.train_speakers
+
+    @property
+    def held_out_units(self) -> int:
+        """Return how many held-out speakers there are."""
+        return self._corpus.held_out_speakers
+
+    def make_model(self) -> nn.Module:
+        """Return a new model with the initial weights that the seed fixes."""
+        if self._make_model is not None:
+            return self._make_model()
+        features = self._options.features
+        return make_transformer(
+            self._options.model, n_mels=features.n_mels, symbols=SYMBOLS, hop_seconds=features.hop_ms / 1000, seed=self._seed
+        )
+
+    def load_user(self, user: int, rng: np.random.Generator) -> Examples:
+        """Return what of a speaker can be trained on, and the count of what can't."""
+        usable, over_long, untranscribable, too_short = [], 0, 0, 0
+        for example in self._examples("train", user, lambda: self._corpus.train(user, rng), keep=self._corpus.cacheable):
+            if len(example.features) == 0:
+                over_long += 1
+            elif not example.target:
+                untranscribable += 1
+            elif not self._alignable(example):
+                too_short += 1
+            else:
+                usable.append(example)
+        return Examples(tuple(usable), LeftOut(over_long, untranscribable, too_short))
+
+    def cost(self, user: int) -> float:
+        """Return the seconds of audio of a speaker."""
+        return self._corpus.train_seconds(user)
+
+    def batches(self, examples: Sequence[Example], batch_size: int, rng: np.random.Generator) -> Iterator[Batch]:
+        """Yield batches of utterances of about one length, so that little is padding, in random order.
+
+        Sorted by length times a random factor: neighbours differ from epoch to epoch.
+        """
+        if batch_size < 1:
+            raise ValueError(f"Expected batch_size >= 1, got {batch_size}.")
+        lengths = np.array([len(e.features) for e in examples])
+        order = np.argsort(lengths * rng.uniform(1 - LENGTH_JITTER, 1 + LENGTH_JITTER, size=len(lengths)))
+        starts = np.arange(0, len(order), batch_size)
+        for start in rng.permutation(starts):
+            yield collate([examples[i] for i in order[start : start + batch_size]])
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the mean over utterances of the CTC loss a character; with SpecAugment when the model is in training."""
+        batch = batch.to(_device(model))
+        features = spec_augment(batch.features, batch.lengths, self._options.augment) if model.training else batch.features
+        logits, frames = model(features, batch.lengths)
+        return ctc_losses(logits, frames, batch.targets, batch.target_lengths).mean()
+
+    def evaluate(self, model: nn.Module, unit: int) -> dict[str, float]:
+        """Return the error counts of a held-out speaker by greedy decoding, the sum of its losses, and what they are over.
+
+        What no model could spell still counts as errors; only over-long audio is left out, and counted.
+        """
+        examples = self._examples("held_out", unit, lambda: self._corpus.held_out(unit), keep=True)
+        heard = sorted((e for e in examples if len(e.features) > 0), key=lambda e: len(e.features))
+        hypotheses: list[str] = []
+        loss_sum = 0.0
+        for start in range(0, len(heard), EVALUATION_BATCH):
+            texts, losses = self._transcribe(model, heard[start : start + EVALUATION_BATCH])
+            hypotheses += texts
+            loss_sum += losses
+        return count_errors([e.text for e in heard], hypotheses) | {
+            "loss_sum": loss_sum,
+            "loss_utterances": float(sum(self._alignable(e) for e in heard)),
+            "utterances": float(len(heard)),
+            "left_out": float(len(examples) - len(heard)),
+        }
+
+    def summarise(self, counts: Sequence[Mapping[str, float]], seed: int) -> dict[str, float]:
+        """Return `eval_loss`, `wer` and `cer` with 95% intervals over speakers, and how much they are over.
+
+        A rate over no words is NaN.
+        """
+        totals = {key: sum(c[key] for c in counts) for key in ("loss_sum", "loss_utterances", "utterances", "words", "left_out")}
+        summary = {"eval_loss": totals["loss_sum"] / totals["loss_utterances"] if totals["loss_utterances"] else float("nan")}
+        for name, unit in (("wer", "word"), ("cer", "character")):
+            low, high = bootstrap_interval(counts, unit, seed)
+            summary |= {name: error_rate(counts, unit), f"{name}_low": low, f"{name}_high": high}
+        return summary | {f"eval_{key}": totals[key] for key in ("utterances", "words", "left_out")}
+
+    def _examples(self, split: str, speaker: int, read: Callable[[], list[Utterance]], *, keep: bool) -> list[Example]:
+        """Return all utterances of a speaker; over-long ones have no frames, those that can't be spelt no target."""
+        key = json.dumps(["log-mel", self._corpus.recipe, self._options.features.model_dump(), self._options.max_seconds, split, speaker])
+        recordings = self._cache.get(key) if keep else None
+        if recordings is None:
+            recordings = tuple(self._record(utterance) for utterance in read())
+            if keep:
+                self._cache.put(key, recordings)
+        return [_example(recording) for recording in recordings]
+
+    def _record(self, utterance: Utterance) -> Recording:
+        if len(utterance.audio) > self._options.max_seconds * SAMPLE_RATE:
+            return Recording(torch.empty(0, self._options.features.n_mels, dtype=torch.float16), utterance.text)
+        return Recording(self._log_mel(utterance.audio), utterance.text)
+
+    def _alignable(self, example: Example) -> bool:
+        frames = -(-len(example.features) // self._options.model.stride)
+        return 0 < frames_needed(example.target) <= frames
+
+    def _transcribe(self, model: nn.Module, examples: Sequence[Example]) -> tuple[list[str], float]:
+        """Return the transcripts of a batch and the sum of the losses of those that have one."""
+        batch = collate(examples).to(_device(model))
+        with torch.no_grad():
+            logits, frames = model(batch.features, batch.lengths)
+            losses = ctc_losses(logits, frames, batch.targets, batch.target_lengths)
+        paths = zip(logits.argmax(dim=-1).tolist(), frames.tolist(), strict=True)
+        alignable = torch.tensor([self._alignable(e) for e in examples], device=losses.device)
+        return [greedy(path[:count]) for path, count in paths], float(losses[alignable].sum())
+
+
+def collate(examples: Sequence[Example]) -> Batch:
+    """Return one padded batch of examples."""
+    lengths = torch.tensor([len(e.features) for e in examples])
+    features = torch.zeros(len(examples), int(lengths.max()), examples[0].features.shape[1])
+    for row, example in zip(features, examples, strict=True):
+        row[: len(example.features)] = example.features
+    targets = torch.tensor([symbol for e in examples for symbol in e.target], dtype=torch.long)
+    return Batch(features, lengths, targets, torch.tensor([len(e.target) for e in examples]))
+
+
+def build_asr(options: AsrOptions, *, population: int | None, data_dir: Path | None, seed: int) -> AsrTask:
+    """Return the task that a configuration describes: its corpus of so many speakers, its model with this seed."""
+    return AsrTask(options, build_corpus(options.corpus, population=population, data_dir=data_dir, seed=seed), seed)
+
+
+def _example(recording: Recording) -> Example:
+    text = normalise(recording.text)
+    try:
+        target = encode(text)
+    except ValueError:
+        target = ()
+    return Example(recording.features, target, text)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device

@@ -1,0 +1,49 @@
+"""The seam between the round engine and what is trained: the `Task` protocol, and nothing else."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+Counts = Mapping[str, float]
+"""What one held-out unit adds to the metrics: sums and counts, never ratios, so that units can be pooled in any order."""
+
+
+class Task(Protocol):
+    """A model, the data of its users, its loss and its metrics.
+
+    A task is built once a process from plain configuration values and is used for many users one after another.
+    Methods are pure: the same arguments give the same result, and none touches a global random generator (random
+    layers of the model draw from torch's global generator; the engine forks and seeds it around each user).
+    """
+
+    @property
+    def users(self) -> int:
+        """How many training users there are; their ids are 0 .. users - 1. Nothing is ever enumerated over them."""
+
+    @property
+    def held_out_units(self) -> int:
+        """How many held-out units (speakers, or shards of a test set) there are to evaluate on."""
+
+    def make_model(self) -> nn.Module:
+        """Return a new model with the initial weights of this task: bit-equal at each call."""
+
+    def load_user(self, user: int, rng: np.random.Generator) -> Sequence[Any]:
+        """Return the training examples of a user. `rng` is this user's stream of this round."""
+
+    def cost(self, user: int) -> float:
+        """Return the predicted work of training this user for one round, in any fixed unit, without loading its data."""
+
+    def batches(self, examples: Sequence[Any], batch_size: int, rng: np.random.Generator) -> Iterator[Any]:
+        """Yield the batches of one epoch over the examples of a user, in an order drawn from `rng`."""
+
+    def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
+        """Return the scalar training loss of a batch: the mean over its examples, differentiable."""
+
+    def evaluate(self, model: nn.Module, unit: int) -> Counts:
+        """Return what held-out unit `unit` (0 .. held_out_units - 1) adds to the metrics; the model is in eval mode."""
+
+    def summarise(self, counts: Sequence[Counts], seed: int) -> dict[str, float]:
+        """Return the metrics over all the units, with intervals: `eval_loss`, and `wer`, `cer` or `accuracy`."""

@@ -1,0 +1,76 @@
+"""Building the task that a configuration names."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedclip.asr.options import AsrOptions
+from fedclip.config import Experiment, TaskOptions
+from fedclip.doors import load_door
+from fedclip.options import ConfigError, Options, validate
+from fedclip.tasks.base import Task
+from fedclip.tasks.vision_options import VisionOptions
+
+
+class _Holder(Options):
+    task: TaskOptions
+
+
+@dataclass(frozen=True)
+class TaskRecipe:
+    """All that a task is built from, as plain data, so that a worker builds the same one.
+
+    Attributes:
+        options: the `[task]` section as JSON text (text, so that the recipe can be hashed).
+        population: training users asked for.
+        seed: seed of the data and of the initial weights.
+        data_dir: folder of the data; None for a task that needs none.
+    """
+
+    options: str
+    population: int
+    seed: int
+    data_dir: str | None
+
+    @classmethod
+    def of(cls, experiment: Experiment) -> "TaskRecipe":
+        """Return the recipe of an experiment's task. The folder of the data becomes absolute: workers run elsewhere."""
+        folder = experiment.run.data_dir
+        options = json.dumps(experiment.plain()["task"], sort_keys=True)
+        return cls(options, experiment.population.size, experiment.run.seed, str(folder.expanduser().absolute()) if folder else None)
+
+    def to_json(self) -> str:
+        """Return the recipe as text."""
+        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> "TaskRecipe":
+        """Return the recipe that `to_json` wrote."""
+        return cls(**json.loads(text))
+
+    def build(self) -> Task:
+        """Return the task.
+
+        Raises:
+            ConfigError: the options, the folder or what lies in it are refused, or the task's constructor raised.
+        """
+        options: Any = validate(_Holder, {"task": json.loads(self.options)}).task
+        folder = Path(self.data_dir) if self.data_dir else None
+        if folder is not None and not folder.is_dir():
+            raise ConfigError(f"No such data folder: {folder}; give the folder of the recordings by --data-dir or run.data_dir.")
+        if isinstance(options, AsrOptions):
+            from fedclip.tasks.asr import build_asr
+
+            return build_asr(options, population=self.population, data_dir=folder, seed=self.seed)
+        if isinstance(options, VisionOptions):
+            from fedclip.tasks.vision import build_vision
+
+            return build_vision(options, population=self.population, seed=self.seed)
+        factory = load_door(options.name)
+        try:
+            task: Task = factory(population=self.population, data_dir=folder, seed=self.seed, **options.arguments)
+        except Exception as error:
+            raise ConfigError(f"task.name: '{options.name}' raised when it was built: {type(error).__name__}: {error}.") from error
+        return task

@@ -1,0 +1,151 @@
+"""`Federated`: the one Flower strategy. It runs any `Method`; what a method does is in its stages, never here."""
+
+import dataclasses
+from collections.abc import Iterable
+from logging import INFO
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
+from flwr.common import log
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+
+from clients import messages
+from fedclip.codec import DenseCodec
+from fedclip.layout import Layout
+from fedclip.method import Method, ServerState
+from fedclip.round import Collector, Outcome, Partial, Plan, begin, deal, finish
+from fedclip.simulation import initial_params
+from fedclip.tasks.base import Task
+from fedclip.tasks.build import TaskRecipe
+from fedclip.update import Dense
+
+
+class WorkerError(RuntimeError):
+    """A worker could not do its part of a round; the message says what it said."""
+
+
+class Federated(Strategy):
+    """Rounds of a method on the nodes of a Flower grid: one message a node, with the ids of the users that it trains.
+
+    Flower's own `start` works on it, from round 1; `round` and `evaluate` are for loops of one's own, which may begin anywhere.
+
+    Args:
+        method: the method.
+        task: the task, for its model, its held-out units and the predicted costs of users; nothing is trained here.
+        recipe: how every node builds the same task.
+        secret: the master secret of the random streams.
+        run: the name of the run in the random streams; never Flower's run id, which changes at a restart.
+        device: where nodes train.
+        reply: `"sums"` or `"updates"`.
+
+    Attributes:
+        state: the state after the last round.
+        outcome: what the last round made, None before the first.
+    """
+
+    def __init__(
+        self, method: Method, task: Task, recipe: TaskRecipe, secret: str, run: str, *, device: str = "cpu", reply: str = "sums"
+    ) -> None:
+        torch.set_num_threads(1)  # as in the workers: bits depend on how torch cuts a reduction into threads
+        self.method, self.task = method, task
+        self.layout = Layout.of(self.task.make_model())
+        self.state = ServerState.initial(initial_params(self.task), method, self.layout)
+        self.outcome: Outcome | None = None
+        self._recipe, self._secret, self._run, self._device, self._reply = recipe.to_json(), secret, run, device, reply
+        self._plan: Plan | None = None
+        self._sent = 0
+
+    def arrays(self) -> ArrayRecord:
+        """Return the current model as Flower's `start` wants it."""
+        return messages.model_record(DenseCodec().encode(Dense(self.state.params), self.layout))
+
+    def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
+        """Draw the cohort and return a message for each node that has users to train.
+
+        Raises:
+            ValueError: `server_round` is not the round after the last one.
+        """
+        if server_round != self.state.round + 1:
+            raise ValueError(f"Expected round {self.state.round + 1}, got {server_round}; a strategy goes on from its own state, so make a new one.")
+        params = DenseCodec().decode(messages.model_bytes(arrays), self.layout).vector
+        self.state = dataclasses.replace(self.state, params=params)
+        self._plan = begin(self.method, self.state, self.layout, self._secret, self._run)
+        nodes, spec = list(grid.get_node_ids()), self._plan.spec
+        shares = deal(self._plan.blocks, len(nodes), self.task)
+        model = messages.model_record(spec.params)
+        contents = [messages.train_request(spec, share, self._recipe, self._device, self._reply, model) for share in shares if share]
+        return self._address(contents, nodes, MessageType.TRAIN, server_round, grid)
+
+    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Add the sums, release, take the server step; return the new model and the mean training loss.
+
+        Raises:
+            WorkerError: a node replied with an error, or not at all.
+        """
+        if self._plan is None:
+            raise RuntimeError("Expected configure_train before aggregate_train.")
+        self.outcome = finish(self.method, self.state, self.layout, self._plan, self._partials(self._checked(replies), self._plan))
+        self.state, self._plan = self.outcome.state, None
+        losses = self.outcome.tally.get("losses", 0.0)
+        loss = self.outcome.tally.get("train_loss", 0.0)
+        mean = loss / losses if isinstance(loss, float) and isinstance(losses, float) and losses else float("nan")
+        return self.arrays(), MetricRecord({"train_loss": mean})
+
+    def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
+        """Return a message for each node with held-out units to evaluate."""
+        nodes = list(grid.get_node_ids())
+        shares = [range(self.task.held_out_units)[i :: len(nodes)] for i in range(len(nodes))]
+        contents = [messages.evaluate_request(s, self._recipe, self._device, arrays) for s in shares if len(s)]
+        return self._address(contents, nodes, MessageType.EVALUATE, server_round, grid)
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Return the metrics over all the held-out units.
+
+        Raises:
+            WorkerError: a node replied with an error, or not at all.
+        """
+        counts = dict(pair for reply in self._checked(replies) for pair in messages.read_evaluate_reply(reply.content))
+        return MetricRecord(dict(self.task.summarise([counts[unit] for unit in sorted(counts)], server_round)))
+
+    def summary(self) -> None:
+        """Log what is run."""
+        log(INFO, "\t├──> Method: %s", self.method)
+        log(INFO, "\t└──> Model: %d parameters in %d tensors", self.layout.size, len(self.layout.names))
+
+    def round(self, grid: Grid) -> Outcome:
+        """Do one more round on the nodes of a grid and return what it made."""
+        number = self.state.round + 1
+        self.aggregate_train(number, grid.send_and_receive(self.configure_train(number, self.arrays(), ConfigRecord(), grid)))
+        if self.outcome is None:
+            raise RuntimeError("Expected an outcome after aggregate_train.")
+        return self.outcome
+
+    def evaluate(self, grid: Grid) -> dict[str, float]:
+        """Return the metrics of the current model on all held-out units."""
+        number = self.state.round
+        record = self.aggregate_evaluate(number, grid.send_and_receive(self.configure_evaluate(number, self.arrays(), ConfigRecord(), grid)))
+        return {name: float(value) for name, value in (record or {}).items() if isinstance(value, int | float)}
+
+    def _address(self, contents: list, nodes: list[int], kind: str, server_round: int, grid: Grid) -> list[Message]:
+        self._sent = len(contents)
+        pairs = zip(contents, nodes, strict=False)  # fewer contents than nodes where some have nothing to do
+        return [grid.create_message(content, kind, node, str(server_round)) for content, node in pairs]
+
+    def _checked(self, replies: Iterable[Message]) -> list[Message]:
+        arrived = list(replies)
+        failed = [r for r in arrived if r.has_error()]
+        if failed:
+            raise WorkerError(f"Node {failed[0].metadata.src_node_id} failed: {failed[0].error.reason}")
+        if len(arrived) != self._sent:
+            raise WorkerError(f"Expected {self._sent} replies, got {len(arrived)}; a node is gone or did not answer in time.")
+        return arrived
+
+    def _partials(self, replies: list[Message], plan: Plan) -> list[Partial]:
+        if self._reply == "sums":
+            return [messages.read_sums_reply(r.content) for r in replies]
+        collector = Collector(plan.spec, self.layout)
+        for reply in replies:
+            for block, contribution in messages.read_updates_reply(reply.content):
+                collector.take(block, contribution)
+        return [collector.partial()]

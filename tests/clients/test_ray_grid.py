@@ -1,0 +1,281 @@
+"""`RayGrid` as a Flower user meets it: stock strategies, state, failures, timeouts, workers that die."""
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import ray
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.common.constant import ErrorCode
+from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp.strategy import FedAvg
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+from clients.ray_grid import FIRST_NODE_ID, RayGrid, Resources
+from tests.clients import apps
+
+pytestmark = [
+    # Ray leaves the pipes and log files of the processes it starts to the garbage collector.
+    pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning"),
+    pytest.mark.filterwarnings("ignore:subprocess [0-9]+ is still running:ResourceWarning"),
+]
+
+APP = f"{apps.__name__}:app"
+
+
+@pytest.fixture(scope="module")
+def session():
+    """One Ray for all grids of this module, with room for the workers of one."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    ray.init(address="local", num_cpus=4, num_gpus=0, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def grid(session):
+    with RayGrid(APP, nodes=4, workers=2, run_config={"lr": 0.5, "forgetful": 3}) as grid:
+        yield grid
+
+
+@pytest.fixture(scope="module")
+def resident(session):
+    """A grid with as many nodes as workers."""
+    with RayGrid(apps.app, nodes=2, workers=2, run_config={"lr": 0.25}) as grid:
+        yield grid
+
+
+def ask(grid: Grid, action: str, partitions: list[int] | None = None, **config: float | int | str) -> list[Message]:
+    """One message to each partition, all of the same content."""
+    content = RecordDict({"config": ConfigRecord(dict(config))})
+    nodes = list(grid.get_node_ids())
+    chosen = range(len(nodes)) if partitions is None else partitions
+    return [Message(content, dst_node_id=nodes[partition], message_type=f"query.{action}") for partition in chosen]
+
+
+def answers(replies, key: str) -> dict[int, object]:
+    """What each partition replied."""
+    return {reply.metadata.src_node_id - FIRST_NODE_ID: reply.content["metrics"][key] for reply in replies}
+
+
+def test_flowers_own_fedavg_runs_in_an_unmodified_server_app(grid):
+    app, results = ServerApp(), []
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        strategy = FedAvg(fraction_train=1.0, min_train_nodes=4, min_available_nodes=4)
+        results.append(strategy.start(grid, ArrayRecord({"w": Array(apps.np.full(3, 7.5))}), num_rounds=3))
+
+    app(grid, grid.context())
+    # Partitions 0..3 pull halfway to themselves, so each round halves the distance to their mean 1.5: 7.5 -> 4.5 -> 3 -> 2.25.
+    assert results[0].arrays["w"].numpy() == pytest.approx([2.25] * 3)
+    assert results[0].train_metrics_clientapp[1]["loss"] == pytest.approx(1.5)
+    assert results[0].evaluate_metrics_clientapp[3]["loss"] == pytest.approx(2.25)
+
+
+def test_workers_have_one_thread_ignore_ctrl_c_and_know_who_they_are(grid):
+    replies = grid.send_and_receive(ask(grid, "look"))
+    assert set(answers(replies, "threads").values()) == {1}
+    assert set(answers(replies, "quiet").values()) == {1}
+    assert set(answers(replies, "lr").values()) == {0.5}
+    assert set(answers(replies, "partitions").values()) == {4}
+    assert answers(replies, "made_by") == {partition: [1, FIRST_NODE_ID + partition] for partition in range(4)}
+
+
+def test_state_persists_only_for_nodes_that_keep_some(grid):
+    for times in (1, 2, 3):
+        assert answers(grid.send_and_receive(ask(grid, "count")), "times") == {0: times, 1: times, 2: times, 3: 1}
+    assert sorted(grid._states) == [FIRST_NODE_ID, FIRST_NODE_ID + 1, FIRST_NODE_ID + 2]
+
+
+def test_messages_to_one_node_run_one_after_another(grid):
+    first = answers(grid.send_and_receive(ask(grid, "count", [0])), "times")[0]
+    replies = grid.send_and_receive(ask(grid, "count", [0] * 5))
+    assert [reply.content["metrics"]["times"] for reply in replies] == [first + more for more in range(1, 6)]
+
+
+def test_another_run_starts_without_states(grid):
+    grid.send_and_receive(ask(grid, "count"))
+    grid.set_run(Run.create_empty(5))
+    try:
+        replies = list(grid.send_and_receive(ask(grid, "count")))
+        assert set(answers(replies, "times").values()) == {1}
+        assert {reply.metadata.run_id for reply in replies} == {grid.run.run_id} == {5}
+    finally:
+        grid.set_run(Run.create_empty(1))
+
+
+def test_failures_of_the_app_are_error_replies_and_others_go_on(grid):
+    before = dict(grid._states)
+    replies = {reply.metadata.src_node_id - FIRST_NODE_ID: reply for reply in grid.send_and_receive(ask(grid, "fail"))}
+    assert [replies[partition].has_error() for partition in range(4)] == [False, True, True, False]
+    assert replies[1].error.code == replies[2].error.code == ErrorCode.CLIENT_APP_RAISED_EXCEPTION
+    assert replies[1].error.reason.startswith("<class 'ZeroDivisionError'>:<'a message for the driver'>")
+    assert "apps.py" in replies[1].error.reason
+    assert "SystemExit" in replies[2].error.reason
+    assert grid._states.get(FIRST_NODE_ID + 1) is before.get(FIRST_NODE_ID + 1), "a failed message must leave the state as it was"
+    [reply] = grid.send_and_receive(ask(grid, "none", [0]))
+    assert "got NoneType" in reply.error.reason
+
+
+def test_a_worker_killed_in_mid_message_does_it_again(grid, tmp_path):
+    pids = set(answers(grid.send_and_receive(ask(grid, "look")), "pid").values())
+    replies = list(grid.send_and_receive(ask(grid, "die", [0], deaths=1, folder=str(tmp_path)), timeout=30))
+    assert answers(replies, "tries") == {0: 2}
+    assert answers(replies, "pid")[0] not in pids
+
+
+def test_a_message_that_always_kills_its_worker_is_an_error_and_the_next_goes_on(grid, tmp_path):
+    [reply] = grid.send_and_receive(ask(grid, "die", [1], deaths=99, folder=str(tmp_path)), timeout=30)
+    assert reply.error.code == ErrorCode.CLIENT_APP_CRASHED
+    assert "died 3 times" in reply.error.reason
+    assert len(list(grid.send_and_receive(ask(grid, "look"), timeout=30))) == 4
+
+
+def test_timeout_returns_what_is_there_and_drops_what_has_not_begun(grid):
+    begun = time.monotonic()
+    slow, quick = ask(grid, "sleep", [0], seconds=1.5), ask(grid, "sleep", [1], seconds=0.0)
+    replies = grid.send_and_receive([*slow, *quick], timeout=0.7)
+    assert set(answers(replies, "slept")) == {1}
+    assert 0.6 < time.monotonic() - begun < 1.2
+    assert list(grid.send_and_receive(ask(grid, "sleep", [0, 2], seconds=0.3), timeout=0.0)) == []
+    assert set(answers(grid.send_and_receive(ask(grid, "sleep", [0], seconds=0.0)), "slept")) == {0}
+    assert not grid._replies
+    assert not grid._awaited
+
+
+def test_replies_are_pulled_in_order_of_arrival_once(grid):
+    slow, quick = ask(grid, "sleep", [0], seconds=0.5), ask(grid, "sleep", [1, 2, 3], seconds=0.0)
+    message_ids = list(grid.push_messages([*slow, *quick]))
+    assert len(set(message_ids)) == 4
+    assert [message.metadata.message_id for message in slow] == message_ids[:1]
+    time.sleep(0.9)  # they run though nobody waits
+    replies = list(grid.pull_messages(message_ids))
+    assert [reply.metadata.reply_to_message_id for reply in replies] == [*message_ids[1:], message_ids[0]]
+    assert list(grid.pull_messages(message_ids)) == []
+
+
+def test_with_as_many_nodes_as_workers_each_node_has_its_own_process(resident):
+    seen = [answers(resident.send_and_receive(ask(resident, "look")), "pid") for _ in range(5)]
+    assert len(set(seen[0].values())) == 2
+    assert seen == [seen[0]] * 5
+
+
+def test_a_million_registered_nodes_cost_nothing(session):
+    seconds = {}
+    for nodes in (1000, 1_000_000):
+        with RayGrid(APP, nodes=nodes, workers=2, resources=Resources(num_cpus=0.5)) as grid:
+            content = RecordDict({"config": ConfigRecord({"seconds": 0.01})})
+            chosen = grid.get_node_ids()[:: nodes // 20]
+            rounds = []
+            for _ in range(4):
+                begun = time.perf_counter()
+                messages = [Message(content, dst_node_id=node, message_type="query.sleep") for node in chosen]
+                assert len(list(grid.send_and_receive(messages))) == 20
+                rounds.append(time.perf_counter() - begun)
+            seconds[nodes] = min(rounds[1:])
+    assert seconds[1_000_000] < 2 * seconds[1000], seconds
+
+
+def test_a_shared_record_is_sent_once(grid, monkeypatch):
+    puts = []
+    monkeypatch.setattr(ray, "put", lambda value, real=ray.put: puts.append(value) or real(value))
+    arrays = ArrayRecord({"w": Array(apps.np.zeros(3))})
+    contents = [RecordDict({"arrays": arrays, "config": ConfigRecord({"n": n})}) for n in range(4)]
+    messages = [
+        Message(content, dst_node_id=node, message_type="train") for content, node in zip(contents, grid.get_node_ids(), strict=True)
+    ]
+    assert answers(grid.send_and_receive(messages), "loss") == {0: 0.0, 1: 1.0, 2: 2.0, 3: 3.0}
+    assert puts == [arrays]
+
+
+def test_an_app_that_cannot_be_loaded_answers_so(session):
+    with RayGrid("tests.clients.apps:missing", nodes=1, workers=1) as grid:
+        [reply] = grid.send_and_receive(ask(grid, "look"))
+        assert reply.error.code == ErrorCode.LOAD_CLIENT_APP_EXCEPTION
+        assert "missing" in reply.error.reason
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"nodes": 0, "workers": 1}, "nodes >= 1, got 0"),
+        ({"nodes": 1, "workers": 0}, "workers >= 1, got 0"),
+        ({"nodes": 1, "workers": 1, "client_app": "nocolon"}, "'module:attribute', got 'nocolon'"),
+        ({"nodes": 1, "workers": 50}, "50 CPU for 50 workers"),
+    ],
+)
+def test_wrong_arguments_are_refused_by_name(session, arguments, text):
+    with pytest.raises(ValueError, match=text):
+        RayGrid(**({"client_app": APP} | arguments))
+    assert ray.is_initialized(), "a Ray that was there before stays"
+
+
+def test_wrong_messages_are_refused_by_name(grid):
+    with pytest.raises(ValueError, match="nodes 2 to 5, got one with content to node 6"):
+        grid.push_messages([Message(RecordDict(), dst_node_id=6, message_type="query")])
+    with pytest.raises(ValueError, match="num_gpus >= 0, got -1"):
+        Resources(num_gpus=-1)
+    with pytest.raises(TypeError, match="a flwr Run, got int"):
+        grid.set_run(3)
+
+
+def test_a_closed_grid_says_so_and_gives_the_identity_back(session):
+    before = TaskIdentity._run_id, TaskIdentity._node_id
+    with RayGrid(APP, nodes=1, workers=1, run_id=77) as grid:
+        assert (TaskIdentity.run_id, TaskIdentity.node_id) == (77, 1)
+    assert (TaskIdentity._run_id, TaskIdentity._node_id) == before
+    grid.close()
+    with pytest.raises(RuntimeError, match="open RayGrid"):
+        grid.pull_messages(["x"])
+
+
+DRIVER = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+from flwr.app import ConfigRecord, Message, RecordDict
+from clients.ray_grid import RayGrid
+try:
+    with RayGrid("tests.clients.apps:app", nodes=2, workers=2, log_to_driver=True) as grid:
+        def send(seconds):
+            content = RecordDict({"config": ConfigRecord({"seconds": seconds})})
+            return grid.send_and_receive([Message(content, dst_node_id=node, message_type="query.sleep") for node in grid.get_node_ids()])
+        send(0.0)
+        print("ready", flush=True)
+        send(60.0)
+except KeyboardInterrupt:
+    print("interrupted", flush=True)
+    sys.exit(130)
+"""
+
+
+def test_ctrl_c_ends_a_driver_in_another_folder_promptly_and_quietly(tmp_path):
+    root = Path(__file__).resolve().parents[2]
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    command = [sys.executable, "-c", DRIVER, str(root)]
+    driver = subprocess.Popen(
+        command, cwd=tmp_path, env=environment, text=True, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert driver.stdout is not None
+    assert driver.stdout.readline() == "ready\n"
+    begun = time.monotonic()
+    os.killpg(driver.pid, signal.SIGINT)
+    out, error = driver.communicate(timeout=20)
+    assert (driver.returncode, out, error) == (130, "interrupted\n", "")
+    assert time.monotonic() - begun < 6
+    assert Counter(part for line in Path("/proc").glob("[0-9]*/cmdline") for part in _parts(line))[str(tmp_path)] == 0
+
+
+def _parts(path: Path) -> list[str]:
+    try:
+        return path.read_text().split("\0")
+    except OSError:
+        return []

@@ -1,0 +1,105 @@
+"""The transformer: its published size, padding, positions, random layers and the loss."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from fedclip.asr.model import CtcTransformer, ctc_losses, make_transformer
+from fedclip.asr.options import ModelOptions
+from fedclip.asr.text import collapse
+
+SMALL = ModelOptions(dim=16, layers=2, heads=2, mlp_dim=32)
+
+
+def small(seed=0, **changes):
+    return make_transformer(SMALL.model_copy(update=changes), n_mels=8, symbols=5, hop_seconds=0.01, seed=seed)
+
+
+def test_the_published_model_has_255_800_864_parameters_in_296_tensors():
+    """Figures of arXiv 2310.00098, which gives 255.8 M, and of its released code for the tensors."""
+    with torch.device("meta"):
+        model = CtcTransformer(ModelOptions(dim=768, layers=36, mlp_dim=3072, kernel=7, stride=3), n_mels=80, symbols=30, hop_seconds=0.01)
+    parameters = list(model.parameters())
+    assert sum(p.numel() for p in parameters) == 255_800_864
+    assert len(parameters) == 296
+
+
+def test_initial_weights_depend_on_the_seed_alone():
+    before = torch.random.get_rng_state()
+    first, second, other = small(), small(), small(seed=1)
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    assert not torch.equal(first.front.weight, other.front.weight)
+
+
+@pytest.mark.parametrize("norm", ["pre", "post"])
+@pytest.mark.parametrize("stride", [1, 3, 4])
+def test_padding_never_reaches_an_utterance(norm, stride):
+    model = small(norm=norm, stride=stride).eval()
+    features = torch.randn(3, 41, 8, generator=torch.Generator().manual_seed(0))
+    lengths = torch.tensor([41, 23, 1])
+    features[1, 23:] = 1e4
+    together, frames = model(features, lengths)
+    for row, length in enumerate(lengths.tolist()):
+        alone, own = model(features[row : row + 1, :length], lengths[row : row + 1])
+        assert own.item() == frames[row].item() == alone.shape[1] == math.ceil(length / stride)
+        torch.testing.assert_close(together[row, : own.item()], alone[0], atol=1e-5, rtol=1e-5)
+
+
+def test_gradients_of_padded_batches_are_finite_and_reach_all_parameters():
+    model = small().train()
+    logits, frames = model(torch.randn(2, 40, 8), torch.tensor([40, 9]))
+    ctc_losses(logits, frames, torch.tensor([1, 2, 3]), torch.tensor([2, 1])).mean().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert torch.isfinite(parameter.grad).all(), name
+        assert parameter.grad.abs().max() > 0, name
+
+
+def test_random_layers_act_in_training_only_and_follow_the_global_generator():
+    model = small(dropout=0.3, layer_drop=0.3)
+    features, lengths = torch.randn(2, 40, 8), torch.tensor([40, 40])
+
+    def run(seed):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return model(features, lengths)[0]
+
+    assert torch.equal(run(0), run(0))
+    assert not torch.equal(run(0), run(1))
+    model.eval()
+    assert torch.equal(run(0), run(1))
+
+
+def test_positions_are_in_seconds_so_the_hop_does_not_move_them():
+    fine = make_transformer(SMALL, n_mels=8, symbols=5, hop_seconds=0.01, seed=0).eval()
+    coarse = make_transformer(SMALL, n_mels=8, symbols=5, hop_seconds=0.02, seed=0).eval()
+    every_second = fine._positions(torch.zeros(1, 40, 16))[:, ::2]
+    torch.testing.assert_close(every_second, coarse._positions(torch.zeros(1, 20, 16)), atol=1e-5, rtol=0)
+
+
+def test_the_loss_is_the_sum_over_all_paths_a_character():
+    """Four frames, three symbols: every path is enumerated."""
+    logits = torch.randn(1, 4, 3, generator=torch.Generator().manual_seed(0))
+    log_probs = logits.log_softmax(dim=-1)[0]
+    paths = [p for p in itertools.product(range(3), repeat=4) if collapse(p) == (1, 2)]
+    total = torch.stack([sum(log_probs[t, s] for t, s in enumerate(p)) for p in paths]).logsumexp(dim=0)
+    losses = ctc_losses(logits, torch.tensor([4]), torch.tensor([1, 2]), torch.tensor([2]))
+    torch.testing.assert_close(losses, -total[None] / 2)
+
+
+def test_an_impossible_target_adds_neither_loss_nor_gradient():
+    logits = torch.randn(2, 3, 5, requires_grad=True)
+    losses = ctc_losses(logits, torch.tensor([3, 2]), torch.tensor([1, 1, 1]), torch.tensor([1, 2]))
+    losses.sum().backward()
+    assert losses[0] > 0
+    assert losses[1] == 0
+    assert (logits.grad[1] == 0).all()
+
+
+@pytest.mark.parametrize("bad", [{"dim": 18, "heads": 4}, {"kernel": 4}, {"kernel": 3, "stride": 4}])
+def test_sizes_that_do_not_fit_are_refused(bad):
+    with pytest.raises(ValueError, match="Expected"):
+        ModelOptions(**bad)
