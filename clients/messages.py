@@ -54,8 +54,9 @@ def model_bytes(arrays: ArrayRecord) -> bytes:
 
 def train_request(plan: RoundSpec, blocks: Sequence[Block], task: str, device: str, reply: str, model: ArrayRecord) -> RecordDict:
     """Return the content of a training request."""
-    config = {"spec": json.dumps(plan.shared()), "task": task, "device": device, "reply": reply, **_pack_blocks(blocks)}
-    return RecordDict({"request": ConfigRecord(config), "model": model})
+    config = ConfigRecord({"spec": json.dumps(plan.shared()), "task": task, "device": device, "reply": reply})
+    config.update(_pack_blocks(blocks))
+    return RecordDict({"request": config, "model": model})
 
 
 def read_train_request(content: RecordDict) -> TrainRequest:

@@ -171,11 +171,11 @@ class RayGrid(Grid):
             self._changed.notify_all()
         if self._thread.is_alive():
             self._thread.join()
-        if ray.is_initialized():
+        if ray.is_initialized() and self._owns_ray:
+            ray.shutdown()  # ends the actors too; killed one by one at work, each would be reported on the terminal
+        elif ray.is_initialized():
             for worker in self._workers:
                 ray.kill(worker)
-            if self._owns_ray:
-                ray.shutdown()
         self._flights.clear()
         assume(self._before)
 
@@ -231,7 +231,7 @@ class RayGrid(Grid):
                 with self._changed:
                     self._changed.wait_for(lambda: self._flights or self._closed)
                 self._listen()
-        except Exception as error:  # told to the driver, which waits
+        except Exception as error:  # noqa: BLE001  told to the driver, which waits
             with self._changed:
                 self._failure = error
                 self._changed.notify_all()

@@ -8,6 +8,7 @@ import signal
 import site
 import sys
 import sysconfig
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from flwr.common.constant import ErrorCode
 from clients.identity import Identity, assume
 from clients.lanes import FIRST_NODE_ID
 
+ROOM_SECONDS = 20.0  # how long to wait for cores and GPUs that others hold
 TASK_RETRIES = 2  # so often a message whose worker died is done again; then it's an error, as it may be what kills the worker
 ClientCallable = Callable[[Message, Context], Message]
 
@@ -61,7 +63,7 @@ class Worker:
         self._failure = ""
         try:
             self._app = _load(app)
-        except (Exception, SystemExit) as error:  # answered to each message: an actor whose constructor raises can say nothing
+        except (Exception, SystemExit) as error:  # noqa: BLE001  answered to each message; a failed actor is mute
             self._failure = _reason(error)
         if "torch" in sys.modules:  # an app that imports it later finds OMP_NUM_THREADS
             sys.modules["torch"].set_num_threads(1)
@@ -79,7 +81,7 @@ class Worker:
             reply = self._app(message, context)
             if not isinstance(reply, Message) or reply.metadata.reply_to_message_id != meta.message_id:
                 raise TypeError(f"Expected the client app to return Message(content, reply_to=message), got {type(reply).__name__}.")
-        except (Exception, SystemExit) as error:  # an exit would end the actor, and nobody would learn why
+        except (Exception, SystemExit) as error:  # noqa: BLE001  an exit would end the actor, unexplained
             return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, _reason(error)), reply_to=message), None
         return reply, context.state
 
@@ -88,7 +90,7 @@ def join_ray(address: str | None, workers: int, resources: Resources, object_sto
     """Start Ray, or connect to a cluster, unless this process has done so; quietly, and with no more cores than the workers need.
 
     Raises:
-        ValueError: The cluster is too small.
+        ValueError: Ray has too little for the workers, or too little of it free.
     """
     if not ray.is_initialized():
         # Ray reads both from the environment only: it would report usage to its makers, and warn of a default that is to change.
@@ -101,13 +103,27 @@ def join_ray(address: str | None, workers: int, resources: Resources, object_sto
             if not resources.num_gpus:
                 room["num_gpus"] = 0
         ray.init(address=where, include_dashboard=False, log_to_driver=log_to_driver, logging_level=logging.ERROR, **room)
-    there: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]  # Ray gives it no types
-    for name, each in (("CPU", resources.num_cpus), ("GPU", resources.num_gpus)):
-        if workers * each > there.get(name, 0.0) + 1e-6:
+    _await_room(workers, resources)
+
+
+def _await_room(workers: int, resources: Resources) -> None:
+    """Wait a while for what the workers need, as Ray would wait for ever and say nothing; what a closed grid held comes back late."""
+    needed = {name: workers * each for name, each in (("CPU", resources.num_cpus), ("GPU", resources.num_gpus))}
+    deadline = time.monotonic() + ROOM_SECONDS
+    while True:
+        # Ray gives neither of them types.
+        total: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
+        short = {name: amount for name, amount in needed.items() if amount > free.get(name, 0.0) + 1e-6}
+        if not short:
+            return
+        if time.monotonic() > deadline or any(amount > total.get(name, 0.0) + 1e-6 for name, amount in short.items()):
+            name, amount = next(iter(short.items()))
             raise ValueError(
-                f"Expected Ray to have {workers * each:g} {name} for {workers} workers of {each:g}, it has {there.get(name, 0.0):g}. "
-                "Ask for fewer workers or less for each, or give Ray more."
+                f"Expected Ray to have {amount:g} {name} free for {workers} workers, it has {free.get(name, 0.0):g} of "
+                f"{total.get(name, 0.0):g}. Ask for fewer workers or less for each, give Ray more, or close what holds the rest."
             )
+        time.sleep(0.05)
 
 
 def start_workers(app: str | ClientCallable, run_config: UserConfig, nodes: int, workers: int, resources: Resources) -> list[Any]:

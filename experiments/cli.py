@@ -138,3 +138,7 @@ def main() -> None:
     for name, value in (("FLWR_TELEMETRY_ENABLED", "0"), ("FLWR_DISABLE_UPDATE_CHECK", "1"), ("RAY_USAGE_STATS_ENABLED", "0")):
         os.environ.setdefault(name, value)
     app()
+
+
+if __name__ == "__main__":
+    main()

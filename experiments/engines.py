@@ -37,26 +37,26 @@ class OnGrid:
 
         options = prepared.experiment.run
         names = (secret_of(prepared), prepared.experiment.digest)
-        self._strategy = Federated(prepared.method, prepared.task, prepared.recipe, *names, device=options.device, reply=options.reply)
+        self.strategy = Federated(prepared.method, prepared.task, prepared.recipe, *names, device=options.device, reply=options.reply)
         self._grid = grid
 
     @property
     def state(self) -> ServerState:
         """The state after the last round."""
-        return self._strategy.state
+        return self.strategy.state
 
     @property
     def layout(self) -> Layout:
         """The layout of the model."""
-        return self._strategy.layout
+        return self.strategy.layout
 
     def round(self) -> Outcome:
         """Do one more round and return what it made."""
-        return self._strategy.round(self._grid)
+        return self.strategy.round(self._grid)
 
     def evaluate(self) -> dict[str, float]:
         """Return the metrics of the current model on all held-out units."""
-        return self._strategy.evaluate(self._grid)
+        return self.strategy.evaluate(self._grid)
 
 
 def secret_of(prepared: Prepared) -> str:

@@ -15,6 +15,9 @@ SLACK = 1e-6
 SMALLEST_BOUND = 1e-30
 LARGEST_BOUND = 1e30
 
+LARGEST_SPREAD = 1e6
+"""Greatest ratio of two layers' weights: a bound far below the whole's could be under what float32 numbers resolve."""
+
 
 def clip_factor(norm: float, max_norm: float) -> float:
     """Return the factor that brings a norm under its bound: 1 when `norm <= max_norm`, else `max_norm (1 - 1e-6) / norm`.
@@ -96,9 +99,13 @@ class ClipPerLayer(Transform):
                 raise ValueError(f"Expected {key} to be one of {', '.join(get_args(allowed))}; got '{value}'.")
         object.__setattr__(self, "weights", tuple(float(w) for w in self.weights))
         if (self.split == "weights") != bool(self.weights):
-            raise ValueError(f"Expected weights with split = 'weights' and only then, got split = '{self.split}' and weights {self.weights}.")
+            raise ValueError(
+                f"Expected weights with split = 'weights' and only then, got split = '{self.split}' and weights {self.weights}."
+            )
         if any(not (w > 0 and math.isfinite(w)) for w in self.weights):
             raise ValueError(f"Expected weights over 0, got {self.weights}.")
+        if self.weights and max(self.weights) > LARGEST_SPREAD * min(self.weights):
+            raise ValueError(f"Expected weights within a factor of {LARGEST_SPREAD:g} of each other, got {self.weights}.")
 
     def bounds(self, layout: Layout) -> tuple[float, ...]:
         """Return C_h for each layer of a layout; a layer without elements gets 0.
@@ -111,7 +118,8 @@ class ClipPerLayer(Transform):
             if len(self.weights) != len(sizes):
                 names = ", ".join(layout.layer_names)
                 raise ValueError(f"Expected {len(sizes)} weights, one for each of the layers {names}; got {len(self.weights)}.")
-            squares = [w * w if d else 0.0 for w, d in zip(self.weights, sizes, strict=True)]
+            largest = max(self.weights)
+            squares = [(w / largest) ** 2 if d else 0.0 for w, d in zip(self.weights, sizes, strict=True)]
         elif self.split == "dim":
             squares = [float(d) for d in sizes]
         else:
@@ -131,7 +139,12 @@ class ClipPerLayer(Transform):
         else:
             factors = [c * (1 - SLACK) / n if n else 1.0 for n, c in zip(norms, bounds, strict=True)]
         clipped = tuple(float(n > c) for n, c in zip(norms, bounds, strict=True))
-        measured = {"update_norm": total, "clipped": float(any(clipped)), "layer_norm": tuple(norms), "layer_clipped": clipped}
+        measured: dict[str, float | tuple[float, ...]] = {
+            "update_norm": total,
+            "clipped": float(any(clipped)),
+            "layer_norm": tuple(norms),
+            "layer_clipped": clipped,
+        }
         return Step(scale_layers(update, layout, factors), state, measured)
 
     def bound(self, incoming: Bound, layout: Layout) -> Bound:
@@ -147,5 +160,6 @@ class ClipPerLayer(Transform):
 
 def _check_max_norm(max_norm: float) -> None:
     if not SMALLEST_BOUND <= max_norm <= LARGEST_BOUND:
-        raise ValueError(f"Expected {SMALLEST_BOUND:g} <= max_norm <= {LARGEST_BOUND:g}, got {max_norm}; leave the clip out to have no bound.")
-
+        raise ValueError(
+            f"Expected {SMALLEST_BOUND:g} <= max_norm <= {LARGEST_BOUND:g}, got {max_norm}; leave the clip out to have no bound."
+        )

@@ -55,7 +55,9 @@ class DenseCodec(Codec):
             raise WireError(f"Expected {expected} bytes for {layout.size} values, got {len(payload)}; truncated, or of another model.")
         magic, version, size, checksum = HEADER.unpack_from(payload)
         if magic != MAGIC or version != VERSION:
-            raise WireError(f"Expected a dense payload of version {VERSION}, got {magic!r} version {version}; sent by another codec or release?")
+            raise WireError(
+                f"Expected a dense payload of version {VERSION}, got {magic!r} version {version}; sent by another codec or release?"
+            )
         body = memoryview(payload)[HEADER.size :]
         if any(payload[5:8]) or size != layout.size or zlib.crc32(body) != checksum:
             raise WireError(f"Expected {layout.size} undamaged values, got {size} with a wrong checksum or header; damaged on the way.")

@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Discriminator, Field, Tag
 
 from fedclip.asr.options import AsrOptions
-from fedclip.options import ConfigError, Options, unknown, validate
-from fedclip.stages import check_arguments, check_stage, local_sgd
+from fedclip.options import ConfigError, Options, check_arguments, unknown, validate
+from fedclip.stages import check_stage, local_sgd
 from fedclip.tasks.vision_options import VisionOptions
 
 
@@ -95,7 +95,7 @@ class DoorOptions(Options):
     """
 
     name: Annotated[str, Field(pattern=r".+:.+")]
-    arguments: dict[str, Any] = {}
+    arguments: dict[str, Any] = Field(default_factory=dict)
 
 
 def _kind_of_task(values: Any) -> str:
@@ -104,7 +104,8 @@ def _kind_of_task(values: Any) -> str:
 
 
 TaskOptions = Annotated[
-    Annotated[AsrOptions, Tag("asr")] | Annotated[VisionOptions, Tag("vision")] | Annotated[DoorOptions, Tag("door")], Discriminator(_kind_of_task)
+    Annotated[AsrOptions, Tag("asr")] | Annotated[VisionOptions, Tag("vision")] | Annotated[DoorOptions, Tag("door")],
+    Discriminator(_kind_of_task),
 ]
 
 
@@ -205,7 +206,9 @@ def _override(values: dict[str, Any], override: str) -> None:
         if isinstance(place, list):
             named = [item for item in place if isinstance(item, dict) and part in item]
             if not named:
-                raise ConfigError(f"--set {key}: no stage '{part}' in the list; it has {[next(iter(i), '') for i in place if isinstance(i, dict)]}.")
+                raise ConfigError(
+                    f"--set {key}: no stage '{part}' in the list; it has {[next(iter(i), '') for i in place if isinstance(i, dict)]}."
+                )
             place = named[0][part]
         elif isinstance(place, dict):
             place = place.setdefault(part, {})

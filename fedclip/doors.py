@@ -1,4 +1,4 @@
-"""Loading a user's own piece by `"module:factory"` or `"file.py:factory"`. Only configuration names doors, never the network's data types."""
+"""Loading a user's own piece by `"module:factory"` or `"file.py:factory"`: only configuration names doors."""
 
 import hashlib
 import importlib

@@ -21,7 +21,7 @@ UNBOUNDED_RANGE = 64.0
 SUM_BITS = 62
 
 
-class FoldOverflow(ArithmeticError):
+class FoldOverflow(ArithmeticError):  # noqa: N818 - named like Python's own ArithmeticErrors
     """An update that does not fit the grid. The sum is left as it was."""
 
 
@@ -78,7 +78,8 @@ class Fold:
         top = float(values.abs().amax()) * weight if values.numel() else 0.0
         if not top <= self.grid.largest:
             raise FoldOverflow(
-                f"Expected coordinates up to {self.grid.largest:g}, got {top:g}; training diverged: lower the local rate, or add a clip to the client chain."
+                f"Expected coordinates up to {self.grid.largest:g}, got {top:g}; training diverged: lower the local rate, "
+                "or add a clip to the client chain."
             )
         self._check_room(1)
         # The power of two keeps the product exact (a float32 has 24 bits, and a weight is applied first); the conversion truncates.
@@ -90,7 +91,14 @@ class Fold:
         self.users += 1
 
     def merge(self, total: torch.Tensor, users: int) -> None:
-        """Add the sum of another fold on the same grid: `total` int64, shape (d,), over `users` users."""
+        """Add the sum of another fold on the same grid: `total` int64, shape (d,), over `users` users.
+
+        Raises:
+            FoldOverflow: more users than the grid has room for; nothing was added.
+            ValueError: the sum has another shape or type, so that it is not of this grid.
+        """
+        if total.shape != self.total.shape or total.dtype != torch.int64:
+            raise ValueError(f"Expected an int64 sum of shape {tuple(self.total.shape)}, got {total.dtype} {tuple(total.shape)}.")
         self._check_room(users)
         self.total += total.to(self.total.device)
         self.users += users

@@ -104,7 +104,9 @@ class Layout:
             ValueError: the vector has another shape.
         """
         if vector.shape != (self.size,):
-            raise ValueError(f"Expected a vector of shape ({self.size},) for this layout, got {tuple(vector.shape)}; is it another model's?")
+            raise ValueError(
+                f"Expected a vector of shape ({self.size},) for this layout, got {tuple(vector.shape)}; is it another model's?"
+            )
         return torch.split(vector, list(self.sizes))
 
 

@@ -40,8 +40,8 @@ class Method:
         double_momentum: allow momentum on both sides of one tensor.
 
     Raises:
-        ValueError: a client chain with state; under noise, a chain without a clip or with a stage after its last clip that bounds nothing; weights without
-            a limit under noise; momentum on both sides of the same tensor; no server optimizer.
+        ValueError: a client chain with state; under noise, a chain without a clip or with a stage after its last clip that bounds
+            nothing; weights without a limit under noise; momentum on both sides of the same tensor; an empty server chain.
     """
 
     sampler: Poisson
@@ -60,7 +60,9 @@ class Method:
         if self.private:
             self._check_private()
         if _has_content(self.client.init(Layout(("probe",), ((),), ("probe",)))):
-            raise ValueError(f"{self.client.name} keeps a state for each user, which runs do not keep between rounds; use a stage without state.")
+            raise ValueError(
+                f"{self.client.name} keeps a state for each user, which runs do not keep between rounds; use a stage without state."
+            )
         both = [n for n in (1, 2) if self.server.has_momentum(n) and (self.local.momentum > 0 or self.client.has_momentum(n))]
         if both and not self.double_momentum:
             client = f"local_sgd (momentum {self.local.momentum})" if self.local.momentum > 0 else self.client.name
@@ -80,12 +82,19 @@ class Method:
 
     def _check_private(self) -> None:
         if self.client.guard is None:
-            raise ValueError(f"Under noise the client chain must clip, and {self.client.name} does not; end it with clip_per_layer or clip_by_global_norm.")
+            raise ValueError(
+                f"Under noise the client chain must clip, and {self.client.name} does not; "
+                "end it with clip_per_layer or clip_by_global_norm."
+            )
         stage = self.client.unbounded_stage()
         if stage is not None:
-            raise ValueError(f"Under noise nothing after the last clip may enlarge an update, and {stage.name} can without limit; clip after it.")
+            raise ValueError(
+                f"Under noise nothing after the last clip may enlarge an update, and {stage.name} can without limit; clip after it."
+            )
         if self.weighting == "examples" and self.max_examples is None:
-            raise ValueError("Under noise weights by examples need max_examples: w = min(n, max_examples) / max_examples bounds what one user adds.")
+            raise ValueError(
+                "Under noise weights by examples need max_examples: w = min(n, max_examples) / max_examples bounds what one user adds."
+            )
 
 
 @dataclass(frozen=True, eq=False)

@@ -33,7 +33,7 @@ def load_model(path: Path) -> tuple[Experiment, dict[str, torch.Tensor]]:
     if not path.is_file():
         raise ConfigError(f"No such model: {path}; give a run folder or a model.safetensors.")
     try:
-        with safe_open(path, "pt") as file:  # type: ignore[no-untyped-call]
+        with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - the file is no mapping
     except SafetensorError as error:

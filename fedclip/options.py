@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from pydantic.fields import FieldInfo
 
-
 T = TypeVar("T", bound=BaseModel)
 
 
@@ -33,7 +32,9 @@ def unknown(key: str, value: Any, known: Iterable[str], kind: str) -> ConfigErro
     return ConfigError(f"{key}: '{value}' is no known {kind}; known: {', '.join(names)}.{hint}")
 
 
-def check_arguments(function: Callable[..., Any], given: Mapping[str, Any], where: str, hidden: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def check_arguments(
+    function: Callable[..., Any], given: Mapping[str, Any], where: str, hidden: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Check plain values against the annotated parameters of a function and return them converted, only those that were given.
 
     Args:
@@ -49,7 +50,9 @@ def check_arguments(function: Callable[..., Any], given: Mapping[str, Any], wher
     return {name: getattr(checked, name) for name in given}
 
 
-def with_defaults(function: Callable[..., Any], given: Mapping[str, Any], where: str, hidden: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def with_defaults(
+    function: Callable[..., Any], given: Mapping[str, Any], where: str, hidden: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Return the same values, checked, as plain data, with the defaults of all the others that have one and it is not None.
 
     Raises:
@@ -64,7 +67,9 @@ def _checked(function: Callable[..., Any], given: Mapping[str, Any], where: str,
         if name not in hidden:
             annotation = Any if parameter.annotation is inspect.Parameter.empty else parameter.annotation
             fields[name] = (annotation, ... if parameter.default is inspect.Parameter.empty else parameter.default)
-    model: type[BaseModel] = create_model(function.__name__, __config__=ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True), **fields)
+    model: type[BaseModel] = create_model(
+        function.__name__, __config__=ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True), **fields
+    )
     return validate(model, given, where)
 
 

@@ -27,7 +27,9 @@ class Gaussian:
 
     def __post_init__(self) -> None:
         if not (self.noise_multiplier > 0 and math.isfinite(self.noise_multiplier)):
-            raise ValueError(f"Expected a finite noise_multiplier over 0, got {self.noise_multiplier}; leave the mechanism out for no noise.")
+            raise ValueError(
+                f"Expected a finite noise_multiplier over 0, got {self.noise_multiplier}; leave the mechanism out for no noise."
+            )
 
     def noise(self, size: int, bound: Bound, rng: np.random.Generator) -> np.ndarray:
         """Return the noise on a sum of `size` coordinates, float64, shape (size,).
@@ -58,7 +60,9 @@ class Release:
 
     def __post_init__(self) -> None:
         if self.mechanism is not None and self.denominator == "weights":
-            raise ValueError("Expected a public denominator under noise, got 'weights': their sum depends on who took part; give the expected cohort.")
+            raise ValueError(
+                "Expected a public denominator under noise, got 'weights': their sum depends on who took part; give the expected cohort."
+            )
         if self.denominator != "weights" and not self.denominator > 0:
             raise ValueError(f"Expected a denominator over 0, got {self.denominator}.")
 

@@ -180,7 +180,7 @@ class Client:
         start = time.perf_counter()
         try:
             contribution = self._train(user)
-        except Exception as error:  # noqa: BLE001 - user data and tasks may raise anything; it is counted and reported
+        except Exception as error:
             log.debug("user %d failed", user, exc_info=True)
             return Contribution(user, None, 0.0, {"failed_users": 1.0}, f"user {user}: {type(error).__name__}: {error}")
         contribution.tally["train_seconds"] = time.perf_counter() - start
@@ -225,21 +225,26 @@ class Collector:
         tally, error = contribution.tally, contribution.error
         if contribution.payload is not None:
             try:
-                self.fold.add(self._open(contribution.payload), contribution.weight)
-                tally = tally | {"weight": contribution.weight}
+                # Under noise a weight that a client states would multiply what the guard has bounded: it went in before the clip.
+                weight = 1.0 if self.spec.private else contribution.weight
+                update, finite = self._open(contribution.payload)
+                self.fold.add(update, weight)
+                tally = tally | {"weight": weight}
+                if not finite:
+                    tally["not_finite"] = 1.0
             except (WireError, ArithmeticError) as fault:
                 tally, error = {"failed_users": 1.0}, f"user {contribution.user}: {type(fault).__name__}: {fault}"
         if error is not None:
             self.errors.append(error)
         self.tallies[block] = add_up([self.tallies.get(block, {}), tally])
 
-    def _open(self, payload: bytes) -> Update:
-        """Decode and guard: finite, of this layout, within the bound of the chain."""
-        update, _ = finite_or_zero(self.codec.decode(payload, self.layout))
+    def _open(self, payload: bytes) -> tuple[Update, bool]:
+        """Decode and guard: finite (and whether it was), of this layout, within the bound of the chain."""
+        update, finite = finite_or_zero(self.codec.decode(payload, self.layout))
         if self.guard is None:
-            return update
+            return update, finite
         ctx = Ctx(self.layout, self.spec.streams.generator("chain"), self.spec.streams.round, self.params)
-        return self.guard.apply(update, None, ctx).update
+        return self.guard.apply(update, None, ctx).update, finite
 
     def partial(self) -> Partial:
         """Return the sum so far."""

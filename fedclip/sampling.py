@@ -26,7 +26,9 @@ class Poisson:
         if self.population < 1:
             raise ValueError(f"Expected a population of at least 1, got {self.population}.")
         if not 0 < self.cohort <= self.population:
-            raise ValueError(f"Expected 0 < cohort <= population = {self.population}, got {self.cohort}; q = cohort / population is a probability.")
+            raise ValueError(
+                f"Expected 0 < cohort <= population = {self.population}, got {self.cohort}; q = cohort / population is a probability."
+            )
 
     @property
     def rate(self) -> float:

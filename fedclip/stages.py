@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from fedclip.optimizers import LAMB, SGD, Adam
     from fedclip.release import Gaussian
     from fedclip.sampling import Poisson
-    from fedclip.transform import ErrorFeedback, Transform
+    from fedclip.transform import ErrorFeedback
 
 Grouping = Literal["tensor", "block"]
 """What a layer is: each tensor, or all tensors of a numbered block."""
@@ -96,7 +96,12 @@ def poisson(population: Count, cohort: Positive) -> "Poisson":
 
 
 def local_sgd(
-    lr: Positive, steps: Count | None = None, epochs: Count | None = None, batch_size: Count = 8, clip_norm: Positive | None = None, momentum: Fraction = 0.0
+    lr: Positive,
+    steps: Count | None = None,
+    epochs: Count | None = None,
+    batch_size: Count = 8,
+    clip_norm: Positive | None = None,
+    momentum: Fraction = 0.0,
 ) -> "LocalSGD":
     """Train locally by plain SGD for a number of steps or epochs."""
     from fedclip.local import LocalSGD
@@ -140,7 +145,7 @@ def check_stage(spec: Any, where: str) -> None:
         check_stage(arguments["inner"], f"{where}.{name}.inner")
 
 
-def build_stage(spec: Any, where: str = "stage") -> "Transform | Any":
+def build_stage(spec: Any, where: str = "stage") -> Any:
     """Return the stage that a piece of plain data describes: `"name"` or `{name: {argument: value}}`.
 
     Raises:

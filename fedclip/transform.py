@@ -108,9 +108,21 @@ class Transform(ABC):
 
 @dataclass(frozen=True)
 class Chain(Transform):
-    """Stages applied one after another. Its state is the tuple of theirs, its guard that of its last clip."""
+    """Stages applied one after another. Its state is the tuple of theirs, its guard that of its last clip.
+
+    Raises:
+        ValueError: one of them is no `Transform`.
+    """
 
     stages: tuple[Transform, ...] = ()
+
+    def __post_init__(self) -> None:
+        for stage in self.stages:
+            if not isinstance(stage, Transform):
+                raise ValueError(f"Expected stages that transform an update, got {stage!r}; is it a stage of another section?")
+        # A chain in a chain is its stages: none of them may hide behind the guard of another.
+        flat = (s.stages if isinstance(s, Chain) else (s,) for s in self.stages)
+        object.__setattr__(self, "stages", tuple(stage for part in flat for stage in part))
 
     @property
     def name(self) -> str:
@@ -149,7 +161,7 @@ class Chain(Transform):
         clips = [i for i, s in enumerate(self.stages) if s.guard is not None]
         probe, scalar = Bound(1.0), Layout(("probe",), ((),), ("probe",))
         after = self.stages[clips[-1] + 1 :] if clips else self.stages
-        return next((s for s in after if math.isinf(s.bound(probe, scalar).total)), None)
+        return next((s for s in after if not math.isfinite(s.bound(probe, scalar).total)), None)
 
     def has_momentum(self, ndim: int) -> bool:
         """Return whether any stage keeps a momentum for tensors of `ndim` dimensions."""

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from logging import INFO
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.common import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
@@ -67,7 +67,9 @@ class Federated(Strategy):
             ValueError: `server_round` is not the round after the last one.
         """
         if server_round != self.state.round + 1:
-            raise ValueError(f"Expected round {self.state.round + 1}, got {server_round}; a strategy goes on from its own state, so make a new one.")
+            raise ValueError(
+                f"Expected round {self.state.round + 1}, got {server_round}; a strategy goes on from its own state, so make a new one."
+            )
         params = DenseCodec().decode(messages.model_bytes(arrays), self.layout).vector
         self.state = dataclasses.replace(self.state, params=params)
         self._plan = begin(self.method, self.state, self.layout, self._secret, self._run)
@@ -124,10 +126,12 @@ class Federated(Strategy):
     def evaluate(self, grid: Grid) -> dict[str, float]:
         """Return the metrics of the current model on all held-out units."""
         number = self.state.round
-        record = self.aggregate_evaluate(number, grid.send_and_receive(self.configure_evaluate(number, self.arrays(), ConfigRecord(), grid)))
+        record = self.aggregate_evaluate(
+            number, grid.send_and_receive(self.configure_evaluate(number, self.arrays(), ConfigRecord(), grid))
+        )
         return {name: float(value) for name, value in (record or {}).items() if isinstance(value, int | float)}
 
-    def _address(self, contents: list, nodes: list[int], kind: str, server_round: int, grid: Grid) -> list[Message]:
+    def _address(self, contents: list[RecordDict], nodes: list[int], kind: str, server_round: int, grid: Grid) -> list[Message]:
         self._sent = len(contents)
         pairs = zip(contents, nodes, strict=False)  # fewer contents than nodes where some have nothing to do
         return [grid.create_message(content, kind, node, str(server_round)) for content, node in pairs]

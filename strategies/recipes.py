@@ -90,15 +90,19 @@ def fedopt(
     `eps` is the paper's tau; `sgd` takes the first of `betas` as momentum.
     """
     from fedclip.method import Method
-    from fedclip.transform import chain
+    from fedclip.transform import Transform, chain
 
-    step = {"sgd": lambda: sgd(server_lr, betas[0]), "adam": lambda: adam(server_lr, betas, eps), "lamb": lambda: lamb(server_lr, betas, eps)}
+    optimizers: Mapping[str, Callable[[], Transform]] = {
+        "sgd": lambda: sgd(server_lr, betas[0]),
+        "adam": lambda: adam(server_lr, betas, eps),
+        "lamb": lambda: lamb(server_lr, betas, eps),
+    }
     return Method(
         sampler=sampler,
         local=local,
         client=chain(*([clip_by_global_norm(max_norm)] if max_norm else [])),
         release=_release(sampler, mechanism),
-        server=chain(step[optimizer]()),
+        server=chain(optimizers[optimizer]()),
         double_momentum=double_momentum,
     )
 
@@ -200,7 +204,9 @@ def build_method(experiment: Experiment, users: int) -> "Method":
         sampler=poisson(users, cohort),
         local=local_sgd(**experiment.local),
         mechanism=gaussian(z) if z is not None else None,
-        **check_arguments(RECIPES[experiment.strategy.method], experiment.strategy.model_extra or {}, "strategy", dict.fromkeys(OTHER_SECTIONS)),
+        **check_arguments(
+            RECIPES[experiment.strategy.method], experiment.strategy.model_extra or {}, "strategy", dict.fromkeys(OTHER_SECTIONS)
+        ),
     )
 
 

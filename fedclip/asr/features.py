@@ -4,7 +4,7 @@ from typing import Final
 
 import numpy as np
 import torch
-import torchaudio.functional as audio_functional  # type: ignore[import-untyped]  # ships no type information
+import torchaudio.functional as audio_functional
 from torch import Tensor
 from torch.nn import functional
 

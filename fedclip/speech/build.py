@@ -35,7 +35,7 @@ def _open_recorded(options: ManifestOptions | SpokenDigitsOptions, population: i
         # Reading files needs packages that the embedded corpus does without.
         from fedclip.speech.recorded import ManifestCorpus, SpokenDigitsCorpus
     except ModuleNotFoundError as error:
-        raise CorpusError(f"Reading recordings needs the package {error.name}; install it with: pip install 'fedclip[speech]'") from error
+        raise CorpusError(f"Reading recordings needs the package {error.name}; install it with: pip install {error.name}") from error
     corpus: ManifestCorpus | SpokenDigitsCorpus
     if isinstance(options, ManifestOptions):
         corpus = ManifestCorpus.open(options, data_dir)

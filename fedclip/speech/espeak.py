@@ -200,14 +200,14 @@ def _read_answer(process: subprocess.Popen[bytes]) -> tuple[int, bytes]:
 
 
 def _end_process(process: subprocess.Popen[bytes], owner: int) -> None:
-    if owner != os.getpid():
-        process.returncode = 0  # a fork's copy of another process's child: not for this one to wait for
-        return
     for pipe in (process.stdin, process.stdout):
         # It may have died with a request unread.
         with contextlib.suppress(BrokenPipeError):
             if pipe is not None:
                 pipe.close()
+    if owner != os.getpid():
+        process.returncode = 0  # a fork's copy of another process's child: not for this one to wait for
+        return
     try:
         process.wait(timeout=2)
     except subprocess.TimeoutExpired:

@@ -16,6 +16,7 @@ Protocol, integers little-endian:
 The process ends when its standard input ends or when the process named by its first argument is no longer its parent.
 """
 
+import contextlib
 import ctypes
 import gc
 import json
@@ -29,7 +30,7 @@ OK, FAILED, UNUSABLE = 0, 1, 2
 _SYNCHRONOUS, _DO_NOT_EXIT, _UTF8 = 2, 0x8000, 1
 _RATE, _VOLUME, _PITCH, _RANGE = 1, 2, 3, 4
 _QUIET = 40  # per cent: at the default of 100 some voices overflow 16 bits and clip
-_ORPHAN_CHECK_SECONDS = 5.0
+_ORPHAN_CHECK_SECONDS = 2.0
 
 
 class Library:
@@ -114,14 +115,16 @@ def answer_in_fork(library: Library, descriptor: int, item: list[object]) -> Non
         try:
             try:
                 answer = OK, library.speak(*item)  # type: ignore[arg-type]  # the shape of an item is part of the protocol
-            except Exception as error:
+            except (ValueError, TypeError) as error:
                 answer = FAILED, str(error).encode()
             write_answer(descriptor, *answer)
-        finally:
             os._exit(0)
-    status = os.waitpid(child, 0)[1]
-    if os.WIFSIGNALED(status):
-        write_answer(descriptor, FAILED, f"eSpeak NG crashed with signal {os.WTERMSIG(status)} on {item!r}".encode())
+        finally:
+            os._exit(1)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if code != 0:
+        how = f"crashed with signal {-code}" if code < 0 else f"ended with code {code}"
+        write_answer(descriptor, FAILED, f"eSpeak NG {how} on {item!r}".encode())
 
 
 def main() -> None:
@@ -146,4 +149,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with contextlib.suppress(BrokenPipeError):  # whoever asked is gone
+        main()

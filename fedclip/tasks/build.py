@@ -24,13 +24,13 @@ class TaskRecipe:
 
     Attributes:
         options: the `[task]` section as JSON text (text, so that the recipe can be hashed).
-        population: training users asked for.
+        population: training users asked for; None: all that the data has.
         seed: seed of the data and of the initial weights.
         data_dir: folder of the data; None for a task that needs none.
     """
 
     options: str
-    population: int
+    population: int | None
     seed: int
     data_dir: str | None
 

@@ -127,8 +127,14 @@ def deal_by_dirichlet(labels: np.ndarray, users: int, alpha: float, rng: np.rand
     return [np.sort(np.concatenate(share)) for share in shares]
 
 
-def build_vision(options: VisionOptions, *, population: int, seed: int) -> VisionTask:
-    """Return the digits task for a population."""
+def build_vision(options: VisionOptions, *, population: int | None, seed: int) -> VisionTask:
+    """Return the digits task for a population.
+
+    Raises:
+        ConfigError: no population: the digits have no users of their own.
+    """
+    if population is None:
+        raise ConfigError("population.size: missing; the digits are dealt to as many users as you say, 100 for example.")
     from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)

@@ -32,10 +32,10 @@ APP = f"{apps.__name__}:app"
 
 @pytest.fixture(scope="module")
 def session():
-    """One Ray for all grids of this module, with room for the workers of one."""
+    """One Ray for all grids of this module, with room for the two that stay and a third."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    ray.init(address="local", num_cpus=4, num_gpus=0, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    ray.init(address="local", num_cpus=6, num_gpus=0, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     yield
     ray.shutdown()
 
@@ -172,7 +172,7 @@ def test_with_as_many_nodes_as_workers_each_node_has_its_own_process(resident):
 def test_a_million_registered_nodes_cost_nothing(session):
     seconds = {}
     for nodes in (1000, 1_000_000):
-        with RayGrid(APP, nodes=nodes, workers=2, resources=Resources(num_cpus=0.5)) as grid:
+        with RayGrid(APP, nodes=nodes, workers=2) as grid:
             content = RecordDict({"config": ConfigRecord({"seconds": 0.01})})
             chosen = grid.get_node_ids()[:: nodes // 20]
             rounds = []
@@ -210,13 +210,19 @@ def test_an_app_that_cannot_be_loaded_answers_so(session):
         ({"nodes": 0, "workers": 1}, "nodes >= 1, got 0"),
         ({"nodes": 1, "workers": 0}, "workers >= 1, got 0"),
         ({"nodes": 1, "workers": 1, "client_app": "nocolon"}, "'module:attribute', got 'nocolon'"),
-        ({"nodes": 1, "workers": 50}, "50 CPU for 50 workers"),
+        ({"nodes": 1, "workers": 50}, "50 CPU free for 50 workers"),
     ],
 )
 def test_wrong_arguments_are_refused_by_name(session, arguments, text):
     with pytest.raises(ValueError, match=text):
         RayGrid(**({"client_app": APP} | arguments))
     assert ray.is_initialized(), "a Ray that was there before stays"
+
+
+def test_cores_that_others_hold_are_named(grid, resident, monkeypatch):
+    monkeypatch.setattr("clients.ray_worker.ROOM_SECONDS", 0.2)
+    with pytest.raises(ValueError, match=r"6 CPU free for 6 workers, it has [0-9] of 6"):
+        RayGrid(APP, nodes=6, workers=6)
 
 
 def test_wrong_messages_are_refused_by_name(grid):

@@ -80,6 +80,19 @@ def test_positions_are_in_seconds_so_the_hop_does_not_move_them():
     torch.testing.assert_close(every_second, coarse._positions(torch.zeros(1, 20, 16)), atol=1e-5, rtol=0)
 
 
+def test_positions_shift_each_utterance_apart_in_training_only():
+    model = small(shift_seconds=30.0)
+    x = torch.zeros(2, 6, 16)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        shifted = model._positions(x)
+    assert not torch.allclose(shifted[0], shifted[1])
+    # A shift turns each pair of sine and cosine alike at all frames, so products between frames stay what they were.
+    plain = model.eval()._positions(x)
+    assert plain.shape[0] == 1
+    torch.testing.assert_close(shifted[0] @ shifted[0].T, plain[0] @ plain[0].T, atol=1e-3, rtol=0)
+
+
 def test_the_loss_is_the_sum_over_all_paths_a_character():
     """Four frames, three symbols: every path is enumerated."""
     logits = torch.randn(1, 4, 3, generator=torch.Generator().manual_seed(0))

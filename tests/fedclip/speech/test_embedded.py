@@ -75,8 +75,8 @@ def test_it_survives_pickling_with_a_running_process(corpus: EmbeddedCorpus) -> 
 
 
 def test_held_out_speakers_share_no_voice_in_a_room_with_training_speakers() -> None:
-    train = {(s.voice, s.room) for s in (draw_speaker(OPTIONS, 1, "train", i) for i in range(5000))}
-    held_out = {(s.voice, s.room) for s in (draw_speaker(OPTIONS, 1, "held_out", MAX_POPULATION + i) for i in range(1000))}
+    train = {(s.voice, s.room) for s in (draw_speaker(OPTIONS, 1, "train", i) for i in range(3000))}
+    held_out = {(s.voice, s.room) for s in (draw_speaker(OPTIONS, 1, "held_out", MAX_POPULATION + i) for i in range(500))}
     assert not train & held_out
     assert all(is_reserved(*combination) for combination in held_out)
     assert not any(is_reserved(*combination) for combination in train)

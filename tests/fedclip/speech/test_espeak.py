@@ -117,6 +117,17 @@ def test_an_unknown_voice_is_named_and_the_next_request_is_answered(synthesizer:
     assert len(synthesizer.speak("call home"))
 
 
+def test_an_utterance_that_crashes_the_library_is_an_error_and_the_next_is_spoken() -> None:
+    program = (
+        "import ctypes, sys; sys.argv[:] = ['x', sys.argv[1]]; import fedclip.speech.espeak_process as p; speak = p.Library.speak; "
+        "p.Library.speak = lambda self, text, *rest: ctypes.string_at(0) if text == 'crash' else speak(self, text, *rest); p.main()"
+    )
+    with Synthesizer([sys.executable, "-c", program]) as synthesizer:
+        with pytest.raises(SynthesizerError, match=r"crashed with signal \d+ on .*'crash'"):
+            synthesizer.speak("crash")
+        assert len(synthesizer.speak("call home"))
+
+
 def test_a_process_that_died_is_started_again() -> None:
     with Synthesizer() as synthesizer:
         before, pid = synthesizer.speak("call home"), synthesizer.pid
@@ -169,6 +180,22 @@ def test_a_pickled_copy_starts_its_own_process() -> None:
             assert copy.pid is None
             np.testing.assert_array_equal(copy.speak("call home"), audio)
             assert copy.pid != synthesizer.pid
+
+
+def test_a_forked_copy_starts_its_own_process_and_leaves_the_first_alone() -> None:
+    with Synthesizer() as synthesizer:
+        audio, pid = synthesizer.speak("call home"), synthesizer.pid
+        fork = os.fork()
+        if fork == 0:
+            try:
+                same = np.array_equal(synthesizer.speak("call home"), audio) and synthesizer.pid not in (None, pid)
+                synthesizer.close()
+                os._exit(0 if same else 1)
+            finally:
+                os._exit(2)
+        assert os.waitstatus_to_exitcode(os.waitpid(fork, 0)[1]) == 0
+        np.testing.assert_array_equal(synthesizer.speak("call home"), audio)
+        assert synthesizer.pid == pid
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes in /proc")

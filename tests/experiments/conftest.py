@@ -1,0 +1,56 @@
+"""What the tests of runs share: one Ray for all of them, and the smallest experiment."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+VISION = """
+[run]
+name = "small"
+rounds = 3
+
+[task]
+name = "vision"
+
+[population]
+size = 60
+
+[sampler]
+cohort = 9
+
+[local]
+lr = 0.1
+steps = 3
+batch_size = 8
+clip_norm = 1.0
+
+[strategy]
+method = "pfl4asr"
+max_norm = 0.5
+server_lr = 0.02
+
+[privacy]
+noise_multiplier = 0.05
+
+[evaluation]
+every = 2
+"""
+
+
+@pytest.fixture
+def vision(tmp_path: Path) -> Path:
+    """Return the file of a small experiment with noise."""
+    path = tmp_path / "vision.toml"
+    path.write_text(VISION, encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """Start Ray once: every grid joins it, as on a cluster."""
+    import ray
+
+    ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False, logging_level="ERROR", object_store_memory=2**28)
+    yield
+    ray.shutdown()

@@ -1,0 +1,241 @@
+"""The command line as a person meets it: results, refusals, failures and interruptions, each with its exit status."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from experiments.cli import app
+from fedclip.model_file import load_model
+
+runner = CliRunner()
+
+
+def run(*arguments: str | Path) -> tuple[int, str]:
+    result = runner.invoke(app, [str(a) for a in arguments])
+    return result.exit_code, result.output
+
+
+def quick(vision: Path, out: Path, *more: str) -> list[str]:
+    return ["run", str(vision), "--out", str(out), "--set", "run.engine=process", *more]
+
+
+def test_a_run_leaves_the_folder_that_is_documented(vision: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    status, output = run(*quick(vision, out))
+    assert status == 0, output
+    assert "3/3" in output
+    assert "accuracy" in output
+    names = {p.name for p in out.iterdir()}
+    assert names == {"config.toml", "environment.json", "metrics.jsonl", "summary.json", "checkpoints", "tensorboard", "curves.png"}
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [r["round"] for r in rows] == [1, 2, 3]
+    expected = {"round", "attempt", "train_loss", "users", "failed_users", "uplink_bytes", "downlink_bytes", "users_per_second", "round_seconds"}
+    assert all(expected <= r.keys() for r in rows)
+    assert ["accuracy" in r for r in rows] == [False, True, True]
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["status"] == "done"
+    assert summary["rounds"] == 3
+    assert summary["uplink_bytes_total"] == sum(r["uplink_bytes"] for r in rows)
+    assert summary["users_total"] == sum(r["users"] for r in rows)
+    # Every user's dense update is 20 bytes of header and 4 a parameter.
+    assert summary["uplink_bytes_total"] == summary["users_total"] * (20 + 4 * summary["parameters"])
+    assert json.loads((out / "environment.json").read_text())["seed"] == 1
+
+
+def test_the_resolved_configuration_runs_again_to_the_same_model(vision: Path, tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert run(*quick(vision, first, "--set", "local.lr=0.05"))[0] == 0
+    assert run("run", first / "config.toml", "--out", second, "--quiet")[0] == 0
+    models = [load_model(p / "checkpoints" / "model.safetensors")[1] for p in (first, second)]
+    assert all((models[0][n] == models[1][n]).all() for n in models[0])
+    environments = [json.loads((p / "environment.json").read_text())["run"] for p in (first, second)]
+    assert environments[0] == environments[1]
+
+
+def test_evaluate_gives_what_the_run_measured(vision: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert run(*quick(vision, out))[0] == 0
+    summary = json.loads((out / "summary.json").read_text())
+    for model in (out, out / "checkpoints" / "model.safetensors"):
+        status, output = run("evaluate", model, "--json")
+        assert status == 0, output
+        assert json.loads(output)["accuracy"] == summary["accuracy"]
+    status, output = run("evaluate", out)
+    assert status == 0
+    assert "95% interval" in output
+
+
+def test_train_central_takes_the_same_batches(vision: Path, tmp_path: Path) -> None:
+    out = tmp_path / "central"
+    status, output = run("train-central", vision, "--out", out, "--set", "central.lr=0.01", "--rounds", "20")
+    assert status == 0, output
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["accuracy"] > 0.8
+    federated = tmp_path / "federated"
+    assert run(*quick(vision, federated, "--rounds", "20"))[0] == 0
+    assert summary["users_total"] == json.loads((federated / "summary.json").read_text())["users_total"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--set", "local.stpes=3"], ["local.stpes: unknown key (its value is 3)", "Did you mean 'steps'?"]),
+        (["--set", "strategy.max_nrom=3"], ["strategy.max_nrom: unknown key", "Did you mean 'max_norm'?"]),
+        (["--set", "strategy.max_norm=-1"], ["strategy.max_norm: input should be greater than 0; got -1."]),
+        (["--set", "run.engine=rya"], ["run.engine: input should be 'ray' or 'process'; got 'rya'."]),
+        (["--set", "task.name=visoin"], ["task.name: 'visoin' is no known task", "Did you mean 'vision'?"]),
+        (["--set", "strategy.method=fedavgg"], ["strategy.method: 'fedavgg' is no known method", "Did you mean 'fedavg'?"]),
+        (["--set", "sampler.cohort=61"], ["sampler.cohort: expected at most population.size = 60, got 61."]),
+        (["--set", "local.momentum=0.9"], ["Momentum on both sides of the same tensors", "lamb"]),
+        (["--set", "population.size=100000"], ["population.size: expected at most 1438 users"]),
+        (["--rounds", "0"], ["run.rounds: input should be greater than or equal to 1; got 0."]),
+        (["--data-dir", "/nowhere/at/all"], ["No such data folder: /nowhere/at/all"]),
+        (["--set", "task.name=missing.py:make"], ["No such file", "missing.py"]),
+        (["--set", "nonsense"], ["Expected --set section.key=value, got 'nonsense'."]),
+    ],
+)
+def test_bad_input_is_one_clear_message_status_2_and_no_folder(vision: Path, tmp_path: Path, arguments: list[str], said: list[str]) -> None:
+    out = tmp_path / "run"
+    status, output = run(*quick(vision, out, *arguments))
+    assert status == 2, output
+    for words in said:
+        assert words in output
+    assert "Traceback" not in output
+    assert not out.exists()
+
+
+def test_a_missing_or_broken_file_is_refused(tmp_path: Path) -> None:
+    status, output = run("run", tmp_path / "none.toml")
+    assert (status, "No such experiment file" in output) == (2, True)
+    broken = tmp_path / "broken.toml"
+    broken.write_text("[run\n", encoding="utf-8")
+    status, output = run("run", broken)
+    assert (status, "is not TOML" in output) == (2, True)
+
+
+def test_a_folder_that_holds_a_run_is_refused_and_left_alone(vision: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert run(*quick(vision, out))[0] == 0
+    before = (out / "metrics.jsonl").read_bytes()
+    status, output = run(*quick(vision, out))
+    assert (status, "already holds a run" in output) == (2, True)
+    assert (out / "metrics.jsonl").read_bytes() == before
+
+
+DOOR = """
+import numpy as np
+from fedclip.tasks.vision import build_vision
+from fedclip.tasks.vision_options import VisionOptions
+
+
+class Failing:
+    def __init__(self, task, share):
+        self.task, self.share = task, share
+
+    def __getattr__(self, name):
+        return getattr(self.task, name)
+
+    def load_user(self, user, rng):
+        if rng.random() < self.share:
+            raise OSError(f"disk of user {user} is gone")
+        return self.task.load_user(user, rng)
+
+
+def make(population, data_dir, seed, share=0.0, broken=False):
+    if broken:
+        raise RuntimeError("the constructor is broken")
+    return Failing(build_vision(VisionOptions(name="vision"), population=population, seed=seed), share)
+"""
+
+
+@pytest.fixture
+def door(tmp_path: Path, vision: Path) -> Path:
+    """Return an experiment whose task comes from a file of the user's own."""
+    (tmp_path / "own.py").write_text(DOOR, encoding="utf-8")
+    text = vision.read_text(encoding="utf-8").replace('name = "vision"', f'name = "{tmp_path}/own.py:make"')
+    path = tmp_path / "own.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_a_task_of_ones_own_runs(door: Path, tmp_path: Path) -> None:
+    status, output = run(*quick(door, tmp_path / "run"))
+    assert status == 0, output
+    assert "accuracy" in output
+
+
+def test_a_task_whose_constructor_raises_is_bad_input(door: Path, tmp_path: Path) -> None:
+    status, output = run(*quick(door, tmp_path / "run", "--set", "task.arguments.broken=true"))
+    assert status == 2
+    assert "own.py:make' raised when it was built: RuntimeError: the constructor is broken." in output
+    assert not (tmp_path / "run").exists()
+
+
+def test_few_failing_users_are_zeros_and_counted(door: Path, tmp_path: Path) -> None:
+    status, output = run(*quick(door, tmp_path / "run", "--rounds", "6", "--set", "task.arguments.share=0.1"))
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert status == 0, output
+    assert 0 < summary["failed_users_total"] < 10
+    assert "each counted as zero" in output
+    assert "is gone" in output
+
+
+def test_too_many_failing_users_stop_a_run_without_noise(door: Path, tmp_path: Path) -> None:
+    text = door.read_text(encoding="utf-8").replace("noise_multiplier = 0.05", "")
+    door.write_text(text, encoding="utf-8")
+    status, _ = run(*quick(door, tmp_path / "run", "--rounds", "50", "--set", "task.arguments.share=0.5"))
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert status == 1
+    assert summary["status"] == "too many users failed"
+    assert summary["failed_users_total"] >= 10
+    assert summary["rounds"] < 50
+    assert (tmp_path / "run" / "checkpoints" / "model.safetensors").exists()
+
+
+def test_too_many_failing_users_never_stop_a_run_under_noise(door: Path, tmp_path: Path) -> None:
+    status, _ = run(*quick(door, tmp_path / "run", "--rounds", "6", "--set", "task.arguments.share=0.9"))
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (status, summary["status"], summary["rounds"]) == (1, "too many users failed", 6)
+
+
+def test_ctrl_c_keeps_what_is_done(vision: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "experiments.cli", *quick(vision, out, "--rounds", "100000")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=Path(__file__).parents[2])
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not (out / "metrics.jsonl").exists():
+        time.sleep(0.2)
+    time.sleep(2)
+    os.kill(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert "Traceback" not in output
+    summary = json.loads((out / "summary.json").read_text())
+    rows = (out / "metrics.jsonl").read_text().splitlines()
+    assert summary["status"] == "interrupted"
+    assert summary["rounds"] == len(rows) > 0
+    assert load_model(out / "checkpoints" / "model.safetensors")[0].run.name == "small"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["run", "none.toml"], ["evaluate", "--help"]])
+def test_help_and_mistakes_import_no_torch(arguments: list[str]) -> None:
+    code = (
+        "import sys\nfrom experiments.cli import app\ntry:\n    app(sys.argv[1:])\nexcept SystemExit:\n    pass\n"
+        "assert 'torch' not in sys.modules and 'ray' not in sys.modules\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("command", ["run", "train-central", "evaluate"])
+def test_every_help_shows_an_example(command: str) -> None:
+    status, output = run(command, "--help")
+    assert status == 0
+    assert f"fedclip {command}" in output

@@ -1,0 +1,80 @@
+"""The same bits whatever computes the rounds: in process, on Ray with any number of workers, in both reply modes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from experiments.engines import OnGrid, open_engine
+from experiments.prepare import prepare, read_experiment
+from fedclip.round import begin, deal, finish, train_blocks
+from fedclip.simulation import InProcess
+
+ROUNDS = 3
+
+
+def params_after(path: Path, *overrides: str) -> torch.Tensor:
+    prepared = prepare(read_experiment(path, list(overrides)))
+    with open_engine(prepared) as engine:
+        for _ in range(ROUNDS):
+            engine.round()
+        return engine.state.params
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> torch.Tensor:
+    from tests.experiments.conftest import VISION
+
+    path = tmp_path_factory.mktemp("reference") / "vision.toml"
+    path.write_text(VISION, encoding="utf-8")
+    return params_after(path, "run.engine=process")
+
+
+def test_same_seed_twice_gives_the_same_bits(vision: Path, reference: torch.Tensor) -> None:
+    assert torch.equal(params_after(vision, "run.engine=process"), reference)
+
+
+def test_another_seed_gives_other_parameters(vision: Path, reference: torch.Tensor) -> None:
+    assert not torch.equal(params_after(vision, "run.engine=process", "run.seed=2"), reference)
+
+
+@pytest.mark.usefixtures("ray_session")
+@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("reply", ["sums", "updates"])
+def test_ray_gives_the_bits_of_one_process(vision: Path, reference: torch.Tensor, workers: int, reply: str) -> None:
+    assert torch.equal(params_after(vision, f"run.workers={workers}", f"run.reply={reply}"), reference)
+
+
+def test_blocks_in_any_order_and_number_of_shares_give_the_same_bits(vision: Path, reference: torch.Tensor) -> None:
+    prepared = prepare(read_experiment(vision, ["run.engine=process"]))
+    with open_engine(prepared) as engine:
+        assert isinstance(engine, InProcess)
+        state = engine.state
+        for shares in (1, 2, 5):
+            plan = begin(prepared.method, state, engine.layout, f"seed:{prepared.experiment.run.seed}", prepared.experiment.digest)
+            dealt = [list(reversed(share)) for share in reversed(deal(plan.blocks, shares, prepared.task))]
+            state = finish(prepared.method, state, engine.layout, plan, [train_blocks(engine.site, plan.spec, s) for s in dealt]).state
+    assert torch.equal(state.params, reference)
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_evaluation_on_ray_gives_the_metrics_of_one_process(vision: Path) -> None:
+    def metrics(*overrides: str) -> dict[str, float]:
+        with open_engine(prepare(read_experiment(vision, list(overrides)))) as engine:
+            return engine.evaluate()
+
+    assert metrics("run.workers=2") == metrics("run.engine=process")
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_flower_start_runs_the_strategy_from_round_one(vision: Path, reference: torch.Tensor) -> None:
+    from clients.ray_grid import RayGrid
+
+    prepared = prepare(read_experiment(vision, []))
+    with RayGrid("clients.app:app", nodes=2, workers=2) as grid:
+        strategy = OnGrid(prepared, grid).strategy
+        result = strategy.start(grid, strategy.arrays(), num_rounds=ROUNDS)
+        assert torch.equal(strategy.state.params, reference)
+        assert set(result.evaluate_metrics_clientapp) == {1, 2, 3}
+        with pytest.raises(ValueError, match="Expected round 4, got 1"):
+            strategy.start(grid, strategy.arrays(), num_rounds=1)

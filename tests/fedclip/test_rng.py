@@ -1,0 +1,54 @@
+"""Streams: the key is all that matters, and torch's own generator is left as it was."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from fedclip.rng import Streams
+
+BASE = Streams("secret", "run", 3, 0)
+
+
+def numbers(streams, purpose="noise", user=None):
+    return tuple(streams.generator(purpose, user).integers(0, 2**63, 4))
+
+
+def test_the_same_key_gives_the_same_numbers_from_the_start():
+    assert numbers(BASE) == numbers(dataclasses.replace(BASE))
+
+
+def test_every_part_of_the_key_makes_another_stream():
+    keys = [(dataclasses.replace(BASE, **change), "noise", None) for change in ({}, {"secret": "s"}, {"run": "r"}, {"round": 4}, {"attempt": 1})]
+    keys += [(BASE, purpose, None) for purpose in ("cohort", "data", "batches", "training", "chain", "server")]
+    keys += [(BASE, "chain", user) for user in (0, 1, 10, 10**12)]
+    assert len({numbers(*key) for key in keys}) == len(keys)
+
+
+def test_streams_of_neighbours_are_not_correlated():
+    a, b = (BASE.generator("noise", user).standard_normal(20_000) for user in (1, 2))
+    # Four standard errors of a correlation of independent numbers.
+    assert abs(np.corrcoef(a, b)[0, 1]) < 4 / np.sqrt(20_000)
+
+
+def test_torch_is_seeded_inside_and_restored_outside():
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    with BASE.torch_seeded("training", 7):
+        inside = torch.rand(3)
+    assert torch.equal(torch.rand(3), expected)
+    with BASE.torch_seeded("training", 7):
+        assert torch.equal(torch.rand(3), inside)
+    with BASE.torch_seeded("training", 8):
+        assert not torch.equal(torch.rand(3), inside)
+
+
+def test_torch_is_restored_when_the_block_raises():
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    with pytest.raises(KeyError), BASE.torch_seeded("training", 7):
+        torch.rand(3)
+        raise KeyError
+    assert torch.equal(torch.get_rng_state(), before)

@@ -1,0 +1,103 @@
+"""`Update`: sparse and dense say the same, norms never overflow, nothing changes in place."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedclip.update import (
+    Dense,
+    Sparse,
+    add,
+    finite_or_zero,
+    is_finite,
+    layer_norms,
+    norm,
+    pieces,
+    scale,
+    scale_layers,
+    subtract,
+    to_dense,
+    values_of,
+)
+from tests.strategies_of_data import bits, flat, float64_norm, updates_with_layouts
+
+
+@given(updates_with_layouts())
+def test_norms_agree_with_float64_and_with_the_dense_form(case):
+    layout, update = case
+    layout = layout.grouped("block")
+    whole = to_dense(update, layout)
+    assert norm(update) == pytest.approx(float64_norm(whole), rel=1e-12)
+    parts = layout.split(whole)
+    for h, n in enumerate(layer_norms(update, layout)):
+        of_layer = [p.numpy() for p, layer in zip(parts, layout.layer_of, strict=True) if layer == h]
+        assert n == pytest.approx(float64_norm(np.concatenate(of_layer)), rel=1e-12)
+
+
+@given(updates_with_layouts(), st.sampled_from([0.0, 1.0, 0.3, 1e-35, 1e-44]))
+def test_scaling_rounds_the_exact_product_and_changes_no_input(case, factor):
+    layout, update = case
+    before = bits(values_of(update))
+    scaled = values_of(scale(update, factor))
+    exact = values_of(update).double() * factor
+    assert torch.allclose(scaled.double(), exact, rtol=2e-7, atol=1.5e-45)
+    assert bits(values_of(update)) == before
+    factors = [factor] * len(layout.layer_names)
+    assert bits(values_of(scale_layers(update, layout, factors))) == bits(scaled)
+    assert bits(values_of(update)) == before
+
+
+@pytest.mark.parametrize(("value", "factor"), [(1e-40, 1e42), (3e38, 1e-40), (1.4e-45, 1e45)])
+def test_factors_that_are_no_float32_numbers_still_scale(value, factor):
+    x = torch.tensor([value])
+    assert float(values_of(scale(Dense(x), factor))[0]) == pytest.approx(float(x[0]) * factor, rel=1e-6)
+
+
+def test_factor_one_gives_the_same_object():
+    update = Dense(torch.tensor([1.0]))
+    assert scale(update, 1.0) is update
+    assert scale_layers(update, flat(1), [1.0]) is update
+
+
+@given(updates_with_layouts())
+def test_pieces_cut_sparse_values_by_tensor(case):
+    layout, update = case
+    for dense, kept, start, size in zip(
+        layout.split(to_dense(update, layout)), pieces(update, layout), np.cumsum([0, *layout.sizes]), layout.sizes, strict=False
+    ):
+        if isinstance(update, Sparse):
+            inside = (update.indices >= start) & (update.indices < start + size)
+            assert torch.equal(kept, update.values[inside])
+        else:
+            assert torch.equal(kept, dense)
+
+
+def test_add_and_subtract_with_known_numbers():
+    layout = flat(3)
+    a, b = Dense(torch.tensor([1.0, 2.0, 3.0])), Sparse(torch.tensor([1]), torch.tensor([5.0]))
+    assert add(a, b, layout).vector.tolist() == [1, 7, 3]
+    assert subtract(a, b, layout).vector.tolist() == [1, -3, 3]
+    assert a.vector.tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("place", [0, 3, 6])
+def test_one_value_that_is_not_finite_makes_the_whole_update_zero(bad, place):
+    vector = torch.ones(7)
+    vector[place] = bad
+    for update in (Dense(vector), Sparse(torch.arange(7), vector)):
+        zero, finite = finite_or_zero(update)
+        assert not finite
+        assert not is_finite(update)
+        assert type(zero) is type(update)
+        assert values_of(zero).tolist() == [0] * 7
+
+
+def test_finite_updates_are_kept_as_they_are():
+    for values in (torch.zeros(0), torch.tensor([3e38, -3e38]), torch.tensor([1e-45])):
+        update = Dense(values)
+        assert finite_or_zero(update) == (update, True)
