@@ -66,7 +66,7 @@ def _round(prepared: Prepared, site: Site, optimizer: torch.optim.Optimizer, str
                 loss.backward()  # type: ignore[no-untyped-call]
                 torch.nn.utils.clip_grad_norm_([site.replica.flat], 1.0)
                 optimizer.step()
-                losses.append(float(loss))
+                losses.append(float(loss.detach()))
         users += 1
     seconds = time.perf_counter() - start
     mean = sum(losses) / len(losses) if losses else None

@@ -2,20 +2,25 @@
 
 import os
 import sys
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, NoReturn, TypeVar
 
 import typer
 
-from experiments.prepare import prepare, read_experiment
+from experiments.prepare import check_free, read_experiment
 from fedclip.config import Experiment
 from fedclip.options import ConfigError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 
+T = TypeVar("T")
+
 ExperimentFile = Annotated[Path, typer.Argument(metavar="EXPERIMENT.toml", help="the experiment file", show_default=False)]
-Set = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="set a key of the file anew; may be repeated", show_default=False)]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="A.B=C", help="set a key of the file anew; may be repeated", show_default=False)
+]
 Rounds = Annotated[int | None, typer.Option(help="rounds to run", show_default=False)]
 DataDir = Annotated[Path | None, typer.Option(help="folder of recordings, read in place", show_default=False)]
 Out = Annotated[Path | None, typer.Option(help="the run folder; by default runs/NAME-DATE-TIME", show_default=False)]
@@ -97,7 +102,7 @@ def _read(file: Path, overrides: list[str] | None, data_dir: Path | None, **run_
     def read() -> Experiment:
         checked = read_experiment(file, [*(overrides or []), *changed], data_dir)
         if checked.run.out is not None:
-            _check_free(checked.run.out)
+            check_free(checked.run.out)
         return checked
 
     return _guarded(read)
@@ -108,12 +113,7 @@ def run_folder(experiment: Experiment, suffix: str = "") -> Path:
     return experiment.run.out or Path("runs") / f"{experiment.run.name}{suffix}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
-def _check_free(path: Path) -> None:
-    if (path / "config.toml").exists():
-        raise ConfigError(f"--out: {path} already holds a run; give another folder, or take that one away.")
-
-
-def _guarded(call):  # type: ignore[no-untyped-def]  # any function's own type
+def _guarded(call: Callable[[], T]) -> T:
     try:
         return call()
     except ConfigError as error:

@@ -19,7 +19,9 @@ def run_command(experiment: Experiment, path: Path, quiet: bool) -> int:
     """Run an experiment and return the exit status."""
     prepared = prepare(experiment)
     with Reporter(experiment.run.rounds, quiet) as reporter:
-        reporter.say(f"{experiment.run.name}: {prepared.experiment.population.size:,} users, cohorts of about {prepared.experiment.sampler.cohort:g}")
+        reporter.say(
+            f"{experiment.run.name}: {prepared.experiment.population.size:,} users, cohorts of about {prepared.experiment.sampler.cohort:g}"
+        )
         with open_engine(prepared) as engine:
             return run_rounds(prepared, engine, path, reporter)
 

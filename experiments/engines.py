@@ -3,12 +3,15 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from experiments.prepare import Prepared
 from fedclip.layout import Layout
 from fedclip.method import ServerState
 from fedclip.round import Outcome
+
+if TYPE_CHECKING:
+    from flwr.serverapp import Grid
 
 
 class Engine(Protocol):
@@ -32,7 +35,7 @@ class Engine(Protocol):
 class OnGrid:
     """Rounds of the Flower strategy on a Flower grid."""
 
-    def __init__(self, prepared: Prepared, grid: object) -> None:
+    def __init__(self, prepared: Prepared, grid: "Grid") -> None:
         from strategies.federated import Federated
 
         options = prepared.experiment.run

@@ -12,6 +12,7 @@ from typing import Any
 import tomli_w
 import torch
 
+from experiments.prepare import check_free
 from fedclip.config import Experiment
 from fedclip.layout import Layout
 from fedclip.model_file import save_model
@@ -43,7 +44,7 @@ class RunFolder:
             raise ConfigError(f"The run folder {path} cannot be written: {error}; choose another by --out.") from error
         from torch.utils.tensorboard import SummaryWriter
 
-        self._board = SummaryWriter(str(path / "tensorboard"))  # type: ignore[no-untyped-call]
+        self._board = SummaryWriter(str(path / "tensorboard"))
 
     @property
     def model_path(self) -> Path:
@@ -56,7 +57,7 @@ class RunFolder:
         self._metrics.flush()
         for name, value in row.items():
             if name not in ("round", "attempt") and isinstance(value, int | float):
-                self._board.add_scalar(name, value, row["round"])  # type: ignore[no-untyped-call]
+                self._board.add_scalar(name, value, row["round"])
 
     def save_model(self, params: torch.Tensor, layout: Layout, round: int) -> None:
         """Write the model of a round in the place of the one before."""
@@ -65,20 +66,8 @@ class RunFolder:
     def finish(self, summary: dict[str, Any]) -> None:
         """Write `summary.json` last of all: a folder without it holds a run that did not end in order."""
         self._metrics.close()
-        self._board.close()  # type: ignore[no-untyped-call]
+        self._board.close()
         write_atomically(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
-
-
-def check_free(path: Path) -> None:
-    """Refuse a folder that already holds a run.
-
-    Raises:
-        ConfigError: it does, or it is no folder.
-    """
-    if path.exists() and not path.is_dir():
-        raise ConfigError(f"--out: {path} is a file; give a folder.")
-    if (path / "config.toml").exists():
-        raise ConfigError(f"--out: {path} already holds a run; give another folder, or take that one away.")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -95,7 +84,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 def environment(experiment: Experiment) -> dict[str, Any]:
     """Return what a run ran on: versions, seed, the digest that names it in the random streams, and the commit of the source."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
             versions[package] = version(package)

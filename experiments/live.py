@@ -64,8 +64,8 @@ class Reporter:
         failed = summary["failed_users_total"]
         if failed:
             self._console.print(f"{failed} of {failed + summary['users_total']} users failed, each counted as zero:", highlight=False)
-            for error in errors:
-                self._console.print(f"  {error}", highlight=False, markup=False)
+        for error in errors:
+            self._console.print(f"  {error}", highlight=False, markup=False)
         result = describe_result(summary)
         self._console.print(f"{summary['status']}: {summary['rounds']} rounds in {summary['total_seconds']:.0f} s{result}", highlight=False)
         self._console.print(f"run folder: {path}", highlight=False, soft_wrap=True)
@@ -76,8 +76,8 @@ class Reporter:
                 self._error = f"{name} {100 * row[key]:.1f}%"
         left = seconds / row["round"] * (self._rounds - row["round"])
         loss = "-" if row["train_loss"] is None else f"{row['train_loss']:.3f}"
-        rate = f"{row['users_per_second']:.1f}"
-        return (f"{row['round']}/{self._rounds}", loss, self._error or "-", size(row["uplink_bytes"]), size(row["downlink_bytes"]), rate, clock(left))
+        up, down = size(row["uplink_bytes"]), size(row["downlink_bytes"])
+        return f"{row['round']}/{self._rounds}", loss, self._error or "-", up, down, f"{row['users_per_second']:.1f}", clock(left)
 
     def _table(self) -> Table:
         table = Table(*COLUMNS, box=None, pad_edge=False)
@@ -89,8 +89,9 @@ class Reporter:
         now = time.monotonic()
         if evaluated or row["round"] == 1 or now - self._last_line >= SECONDS_BETWEEN_LINES:
             self._last_line = now
-            words = [cells[0], f"loss {cells[1]}", cells[2], f"up {cells[3]}", f"down {cells[4]}", f"{cells[5]} users/s", f"{cells[6]} left"]
-            self._console.print("  ".join(words), highlight=False, soft_wrap=True)
+            place, loss, error, up, down, rate, left = cells
+            line = f"{place}  loss {loss}  {error}  up {up}  down {down}  {rate} users/s  {left} left"
+            self._console.print(line, highlight=False, soft_wrap=True)
 
 
 def describe_result(metrics: dict[str, Any]) -> str:

@@ -36,6 +36,18 @@ def read_experiment(path: Path, overrides: list[str], data_dir: Path | None = No
     return on_folder(experiment, data_dir) if data_dir is not None else experiment
 
 
+def check_free(path: Path) -> None:
+    """Refuse a folder that already holds a run.
+
+    Raises:
+        ConfigError: it does, or it is no folder.
+    """
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"--out: {path} is a file; give a folder.")
+    if (path / "config.toml").exists():
+        raise ConfigError(f"--out: {path} already holds a run; give another folder, or take that one away.")
+
+
 def on_folder(experiment: Experiment, folder: Path) -> Experiment:
     """Return the experiment with its data read from a folder.
 
@@ -88,7 +100,9 @@ def prepare(experiment: Experiment) -> Prepared:
         population = experiment.population.model_copy(update={"size": task.users})
         experiment = experiment.model_copy(update={"population": population, "sampler": sampler})
     elif size > task.users:
-        raise ConfigError(f"population.size: expected at most {task.users}, the users that the data has, got {size}; leave it out to take them all.")
+        raise ConfigError(
+            f"population.size: expected at most {task.users}, the users that the data has, got {size}; leave it out to take them all."
+        )
     try:
         method = build_method(experiment, experiment.population.size or task.users)
     except ConfigError:

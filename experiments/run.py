@@ -12,7 +12,8 @@ from experiments.folder import RunFolder, read_metrics
 from experiments.live import Reporter
 from experiments.prepare import Prepared
 from fedclip.method import noise_to_bound
-from fedclip.round import Outcome
+from fedclip.options import ConfigError
+from fedclip.round import Outcome, WorkerError
 from fedclip.tally import Tally, number
 
 DONE, CHECK_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
@@ -57,7 +58,7 @@ def run_rounds(prepared: Prepared, engine: Engine, path: Path, reporter: Reporte
         reporter: shows progress.
 
     Returns:
-        The exit status: 0 done, 1 too many users failed, 130 interrupted. What was done by then is kept in each case.
+        The exit status: 0 done, 1 too many users or a worker failed, 130 interrupted. What was done by then is kept in each case.
 
     Raises:
         ConfigError: the folder is refused.
@@ -79,6 +80,9 @@ def run_rounds(prepared: Prepared, engine: Engine, path: Path, reporter: Reporte
                 break
     except KeyboardInterrupt:
         status = "interrupted"
+    except (WorkerError, ConfigError) as error:
+        status = "failed"
+        totals.errors.insert(0, str(error))
     if totals.too_many_failed and status == "done":
         status = "too many users failed"
     if engine.state.round:

@@ -184,7 +184,10 @@ def make_experiment(values: Mapping[str, Any]) -> Experiment:
     experiment = validate(Experiment, values)
     check_arguments(local_sgd, experiment.local, "local")
     for side in ("client", "server"):
-        for stage in getattr(experiment.strategy, side, []):
+        stages = getattr(experiment.strategy, side, [])
+        if not isinstance(stages, list | tuple):
+            raise ConfigError(f"strategy.{side}: expected a list of stages, [{{ name = {{ argument = value }} }}, …]; got {stages!r}.")
+        for stage in stages:
             check_stage(stage, f"strategy.{side}")
     size = experiment.population.size
     if size is not None and experiment.sampler.cohort > size:

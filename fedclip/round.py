@@ -162,6 +162,10 @@ def deal(blocks: Sequence[Block], workers: int, task: Task) -> list[list[Block]]
     return shares
 
 
+class WorkerError(RuntimeError):
+    """A worker could not do its part of a round; the message says what it said."""
+
+
 class Client:
     """The client side of one round at one site: the stages rebuilt from the specification, the model as it was sent."""
 

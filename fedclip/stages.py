@@ -169,7 +169,9 @@ def describe_stage(stage: Any) -> dict[str, Any]:
     if not dataclasses.is_dataclass(stage) or isinstance(stage, type):
         raise TypeError(f"Expected a stage that is a dataclass (its fields are what travels to clients), got {type(stage).__name__}.")
     cls = type(stage)
-    name = str(getattr(stage, "stage_name", "")) or getattr(cls, "__door__", f"{cls.__module__}:{cls.__qualname__}")
+    name = str(getattr(stage, "stage_name", ""))
+    if name not in STAGES:
+        name = getattr(cls, "__door__", f"{cls.__module__}:{cls.__qualname__}")
     return {name: {f.name: _plain(getattr(stage, f.name)) for f in dataclasses.fields(stage)}}
 
 

@@ -14,15 +14,11 @@ from clients import messages
 from fedclip.codec import DenseCodec
 from fedclip.layout import Layout
 from fedclip.method import Method, ServerState
-from fedclip.round import Collector, Outcome, Partial, Plan, begin, deal, finish
+from fedclip.round import Collector, Outcome, Partial, Plan, WorkerError, begin, deal, finish
 from fedclip.simulation import initial_params
 from fedclip.tasks.base import Task
 from fedclip.tasks.build import TaskRecipe
 from fedclip.update import Dense
-
-
-class WorkerError(RuntimeError):
-    """A worker could not do its part of a round; the message says what it said."""
 
 
 class Federated(Strategy):

@@ -36,7 +36,7 @@ class Room:
 
 
 def room(index: int) -> Room:
-    """Return room `index` of `ROOMS`: eight reverberation times from 0.1 to 0.5 s, six direct-to-reverberant ratios from 0 to 15 dB.
+    """Return room `index` of `ROOMS`: eight reverberation times from 0.1 to 0.4 s, six direct-to-reverberant ratios from 3 to 15 dB.
 
     Raises:
         IndexError: there is no such room.
@@ -44,7 +44,7 @@ def room(index: int) -> Room:
     if not 0 <= index < ROOMS:
         raise IndexError(f"Expected a room from 0 to {ROOMS - 1}, got {index}.")
     decay, distance = index % _DECAYS, index // _DECAYS
-    return Room(rt60=0.1 + 0.4 * decay / (_DECAYS - 1), direct_db=15.0 * distance / (ROOMS // _DECAYS - 1))
+    return Room(rt60=0.1 + 0.3 * decay / (_DECAYS - 1), direct_db=3.0 + 12.0 * distance / (ROOMS // _DECAYS - 1))
 
 
 def impulse_response(place: Room, sample_rate: int, rng: np.random.Generator) -> np.ndarray:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from fedclip.speech.corpus import Corpus
 from fedclip.speech.embedded import EmbeddedCorpus
-from fedclip.speech.errors import CorpusError
+from fedclip.speech.errors import CorpusError, SynthesizerError
+from fedclip.speech.espeak import library_version
 from fedclip.speech.options import CorpusOptions, EmbeddedOptions, ManifestOptions, SpokenDigitsOptions
 
 
@@ -24,6 +25,10 @@ def build_corpus(options: CorpusOptions, *, population: int | None, data_dir: Pa
     if isinstance(options, EmbeddedOptions):
         if population is None:
             raise CorpusError("The embedded corpus has any number of speakers, but no population is set; set it, to 1000 say.")
+        try:
+            library_version()
+        except SynthesizerError as error:
+            raise CorpusError(f"The embedded corpus needs a speech synthesiser. {error}") from error
         return EmbeddedCorpus(options, population, seed)
     if data_dir is None:
         raise CorpusError(f"The corpus '{options.kind}' reads recordings, but data_dir is not set; set it to their folder.")

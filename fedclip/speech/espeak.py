@@ -21,13 +21,9 @@ from fedclip.speech.errors import SynthesizerError
 
 ACCENTS = (
     "en",  # British; the library knows no "en-gb"
-    "en-029",  # Caribbean
     "en-gb-scotland",
-    "en-gb-x-gbclan",  # Lancaster
-    "en-gb-x-gbcwmd",  # West Midlands
     "en-gb-x-rp",  # Received Pronunciation
     "en-us",
-    "en-us-nyc",  # New York City
 )
 """The accents of English, which decide how words are pronounced."""
 

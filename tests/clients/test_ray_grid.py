@@ -21,33 +21,17 @@ from flwr.supercore.task_identity import TaskIdentity
 from clients.ray_grid import FIRST_NODE_ID, RayGrid, Resources
 from tests.clients import apps
 
-pytestmark = [
-    # Ray leaves the pipes and log files of the processes it starts to the garbage collector.
-    pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning"),
-    pytest.mark.filterwarnings("ignore:subprocess [0-9]+ is still running:ResourceWarning"),
-]
-
 APP = f"{apps.__name__}:app"
 
 
 @pytest.fixture(scope="module")
-def session():
-    """One Ray for all grids of this module, with room for the two that stay and a third."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    ray.init(address="local", num_cpus=6, num_gpus=0, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-    yield
-    ray.shutdown()
-
-
-@pytest.fixture(scope="module")
-def grid(session):
+def grid(ray_session):
     with RayGrid(APP, nodes=4, workers=2, run_config={"lr": 0.5, "forgetful": 3}) as grid:
         yield grid
 
 
 @pytest.fixture(scope="module")
-def resident(session):
+def resident(ray_session):
     """A grid with as many nodes as workers."""
     with RayGrid(apps.app, nodes=2, workers=2, run_config={"lr": 0.25}) as grid:
         yield grid
@@ -169,7 +153,7 @@ def test_with_as_many_nodes_as_workers_each_node_has_its_own_process(resident):
     assert seen == [seen[0]] * 5
 
 
-def test_a_million_registered_nodes_cost_nothing(session):
+def test_a_million_registered_nodes_cost_nothing(ray_session):
     seconds = {}
     for nodes in (1000, 1_000_000):
         with RayGrid(APP, nodes=nodes, workers=2) as grid:
@@ -197,7 +181,7 @@ def test_a_shared_record_is_sent_once(grid, monkeypatch):
     assert puts == [arrays]
 
 
-def test_an_app_that_cannot_be_loaded_answers_so(session):
+def test_an_app_that_cannot_be_loaded_answers_so(ray_session):
     with RayGrid("tests.clients.apps:missing", nodes=1, workers=1) as grid:
         [reply] = grid.send_and_receive(ask(grid, "look"))
         assert reply.error.code == ErrorCode.LOAD_CLIENT_APP_EXCEPTION
@@ -213,7 +197,7 @@ def test_an_app_that_cannot_be_loaded_answers_so(session):
         ({"nodes": 1, "workers": 50}, "50 CPU free for 50 workers"),
     ],
 )
-def test_wrong_arguments_are_refused_by_name(session, arguments, text):
+def test_wrong_arguments_are_refused_by_name(ray_session, arguments, text):
     with pytest.raises(ValueError, match=text):
         RayGrid(**({"client_app": APP} | arguments))
     assert ray.is_initialized(), "a Ray that was there before stays"
@@ -234,7 +218,7 @@ def test_wrong_messages_are_refused_by_name(grid):
         grid.set_run(3)
 
 
-def test_a_closed_grid_says_so_and_gives_the_identity_back(session):
+def test_a_closed_grid_says_so_and_gives_the_identity_back(ray_session):
     before = TaskIdentity._run_id, TaskIdentity._node_id
     with RayGrid(APP, nodes=1, workers=1, run_id=77) as grid:
         assert (TaskIdentity.run_id, TaskIdentity.node_id) == (77, 1)

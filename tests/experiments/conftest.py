@@ -1,6 +1,5 @@
-"""What the tests of runs share: one Ray for all of them, and the smallest experiment."""
+"""What the tests of runs share: the smallest experiment."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -44,13 +43,3 @@ def vision(tmp_path: Path) -> Path:
     path = tmp_path / "vision.toml"
     path.write_text(VISION, encoding="utf-8")
     return path
-
-
-@pytest.fixture(scope="session")
-def ray_session() -> Iterator[None]:
-    """Start Ray once: every grid joins it, as on a cluster."""
-    import ray
-
-    ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False, logging_level="ERROR", object_store_memory=2**28)
-    yield
-    ray.shutdown()

@@ -20,7 +20,9 @@ def test_the_same_key_gives_the_same_numbers_from_the_start():
 
 
 def test_every_part_of_the_key_makes_another_stream():
-    keys = [(dataclasses.replace(BASE, **change), "noise", None) for change in ({}, {"secret": "s"}, {"run": "r"}, {"round": 4}, {"attempt": 1})]
+    keys = [
+        (dataclasses.replace(BASE, **change), "noise", None) for change in ({}, {"secret": "s"}, {"run": "r"}, {"round": 4}, {"attempt": 1})
+    ]
     keys += [(BASE, purpose, None) for purpose in ("cohort", "data", "batches", "training", "chain", "server")]
     keys += [(BASE, "chain", user) for user in (0, 1, 10, 10**12)]
     assert len({numbers(*key) for key in keys}) == len(keys)

@@ -1,0 +1,85 @@
+"""Every codec: lossless bit for bit, and no payload makes it raise anything but `WireError`."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedclip.codec import DenseCodec, WireError
+from fedclip.stages import build_stage, describe_stage
+from fedclip.update import Dense, Sparse, to_dense
+from tests.strategies_of_data import bits, flat, layouts, updates_with_layouts
+
+CODECS = [DenseCodec()]
+every = pytest.mark.parametrize("codec", CODECS, ids=lambda c: c.stage_name)
+LAYOUT = flat(5, 0, 12)
+
+
+def payload_of(codec, seed=0):
+    return codec.encode(Dense(torch.randn(LAYOUT.size, generator=torch.Generator().manual_seed(seed))), LAYOUT)
+
+
+@every
+@given(updates_with_layouts())
+def test_decode_is_the_inverse(codec, case):
+    layout, update = case
+    decoded = codec.decode(codec.encode(update, layout), layout)
+    assert bits(to_dense(decoded, layout)) == bits(to_dense(update, layout))
+
+
+@every
+@given(layouts(), st.integers(0, 2**32 - 1))
+def test_any_bits_survive(codec, layout, seed):
+    words = np.random.default_rng(seed).integers(0, 2**32, layout.size, dtype=np.uint32)
+    # A quiet and a signalling NaN with payloads, both zeros, both infinities and the smallest subnormal.
+    special = [0x7FC12345, 0xFFC00001, 0x7F800001, 0x80000000, 0, 0x7F800000, 0xFF800000, 1]
+    words[: len(special)] = special[: len(words)]
+    vector = torch.from_numpy(words.view(np.float32).copy())
+    assert bits(to_dense(codec.decode(codec.encode(Dense(vector), layout), layout), layout)) == bits(vector)
+
+
+@every
+def test_sparse_and_dense_travel(codec):
+    update = Sparse(torch.tensor([1, 9]), torch.tensor([2.0, -0.0]))
+    assert bits(to_dense(codec.decode(codec.encode(update, LAYOUT), LAYOUT), LAYOUT)) == bits(to_dense(update, LAYOUT))
+
+
+@every
+def test_every_truncation_and_every_tail_is_refused(codec):
+    payload = payload_of(codec)
+    for length in range(len(payload)):
+        with pytest.raises(WireError):
+            codec.decode(payload[:length], LAYOUT)
+    for tail in (b"\x00", payload):
+        with pytest.raises(WireError):
+            codec.decode(payload + tail, LAYOUT)
+
+
+@every
+def test_flipped_bits_are_refused(codec):
+    payload, rng = payload_of(codec), np.random.default_rng(0)
+    for place in rng.integers(0, 8 * len(payload), 200):
+        damaged = bytearray(payload)
+        damaged[place // 8] ^= 1 << (place % 8)
+        with pytest.raises(WireError):
+            codec.decode(bytes(damaged), LAYOUT)
+
+
+@every
+@given(st.binary(max_size=200))
+def test_noise_is_refused(codec, junk):
+    with pytest.raises(WireError):
+        codec.decode(junk, LAYOUT)
+
+
+@every
+def test_another_layout_s_payload_is_refused(codec):
+    for other in (flat(5, 11), flat(5, 13), flat(0), flat(100_000)):
+        with pytest.raises(WireError):
+            codec.decode(payload_of(codec), other)
+
+
+@every
+def test_codecs_travel_as_plain_data(codec):
+    assert build_stage(describe_stage(codec)) == codec

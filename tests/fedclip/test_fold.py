@@ -1,0 +1,149 @@
+"""The exact sum: no order, no partition and no other user changes what one user adds."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedclip.fold import Fold, FoldOverflow, Grid
+from fedclip.update import Dense, Sparse, to_dense
+from tests.strategies_of_data import flat, float64_norm
+
+D = 6
+
+
+@st.composite
+def cohorts(draw, bound=1.0):
+    """Up to twelve users' updates within a bound, dense and sparse, of many scales."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    users = []
+    for _ in range(draw(st.integers(1, 12))):
+        vector = rng.standard_normal(D) * 10.0 ** rng.uniform(-20, 0, D)
+        vector = torch.from_numpy((vector / max(1.0, np.linalg.norm(vector) / bound / 0.99)).astype(np.float32))
+        kept = torch.from_numpy(np.flatnonzero(rng.random(D) < 0.5))
+        users.append(Dense(vector) if rng.random() < 0.5 else Sparse(kept, vector[kept]))
+    return users
+
+
+def folded(users, grid, weight=1.0):
+    fold = Fold(D, grid)
+    for user in users:
+        fold.add(user, weight)
+    return fold
+
+
+@given(cohorts(), st.data())
+def test_any_partition_and_order_has_the_same_bits(users, data):
+    grid = Grid.for_bound(1.0, len(users))
+    whole = folded(users, grid)
+    shuffled = data.draw(st.permutations(users))
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(users)), max_size=4)))
+    folds = [folded(shuffled[a:b], grid) for a, b in zip([0, *cuts], [*cuts, len(users)], strict=True)]
+    total = Fold(D, grid)
+    for fold in data.draw(st.permutations(folds)):
+        total.merge(fold.total, fold.users)
+    assert torch.equal(total.total, whole.total)
+    assert total.users == whole.users == len(users)
+    assert total.result().numpy().tobytes() == whole.result().numpy().tobytes()
+
+
+@given(cohorts(), st.data())
+def test_removing_one_user_takes_away_exactly_its_own_integers(users, data):
+    grid = Grid.for_bound(1.0, len(users))
+    gone = data.draw(st.integers(0, len(users) - 1))
+    without = folded(users[:gone] + users[gone + 1 :], grid)
+    assert torch.equal(folded(users, grid).total - without.total, folded([users[gone]], grid).total)
+
+
+@given(cohorts())
+def test_the_grid_never_raises_a_norm_and_sparse_is_dense(users):
+    grid = Grid.for_bound(1.0, 1)
+    for user in users:
+        alone, exact = folded([user], grid).result().numpy(), to_dense(user, flat(D)).numpy().astype(np.float64)
+        assert np.all(np.abs(alone) <= np.abs(exact))
+        assert np.all(alone * exact >= 0)
+        assert np.all(np.abs(alone - exact) < 2.0**-grid.exponent)
+        assert float64_norm(alone) <= float64_norm(exact)
+        assert torch.equal(folded([user], grid).total, folded([Dense(to_dense(user, flat(D)))], grid).total)
+
+
+def test_rounding_is_toward_zero_on_both_sides():
+    grid = Grid(exponent=2, largest=10.0, capacity=4)
+    update = Dense(torch.tensor([0.99, -0.99, 0.24, -0.24, 0.25, -0.25]))
+    assert folded([update], grid).total.tolist() == [3, -3, 0, 0, 1, -1]
+
+
+@pytest.mark.parametrize("bound", [1e-30, 0.01, 0.7, 1.0, 1.0000001, 3.0, 1e30])
+def test_a_bounded_grid_resolves_a_millionth_of_a_millionth_of_the_bound(bound):
+    grid = Grid.for_bound(bound, 5)
+    assert 2.0**-grid.exponent <= 1e-12 * bound
+    assert grid.capacity == 2**20
+    assert grid == Grid.for_bound(bound, 50_000), "the grid of a private sum must not depend on who came"
+    # A full sum of the greatest coordinates, in integers, is under 2^63.
+    assert grid.capacity * math.floor(float(bound) * 2.0**grid.exponent) < 2**63
+
+
+@pytest.mark.parametrize("users", [1, 2, 3, 1000, 2**20])
+def test_an_unbounded_grid_has_room_for_its_users(users):
+    grid = Grid.for_bound(math.inf, users, 65536.0)
+    assert grid.capacity > users
+    assert users * math.floor(grid.largest * 2.0**grid.exponent) < 2**63
+    assert grid.largest == 64.0 * 65536
+
+
+def test_the_greatest_sum_does_not_wrap():
+    grid = Grid(exponent=58, largest=1.0, capacity=8)
+    fold = folded([Dense(torch.ones(D))] * 8, grid)
+    assert fold.result().tolist() == [8.0] * D
+
+
+def test_weights_multiply_before_the_grid():
+    grid = Grid.for_bound(math.inf, 4, 100.0)
+    fold = Fold(D, grid)
+    fold.add(Dense(torch.full((D,), 0.1)), 3.0)
+    fold.add(Sparse(torch.tensor([2]), torch.tensor([0.5])), 2.0)
+    expected = np.full(D, 3 * float(np.float32(0.1)))
+    expected[2] += 1.0
+    assert fold.result().tolist() == pytest.approx(expected.tolist(), abs=2.0**-30)
+
+
+@pytest.mark.parametrize("bad", [1.1, -1.1, math.inf, math.nan])
+def test_what_does_not_fit_is_an_error_and_changes_nothing(bad):
+    fold = folded([Dense(torch.full((D,), 0.5))], Grid.for_bound(1.0, 1))
+    before = fold.total.clone()
+    vector = torch.zeros(D)
+    vector[3] = bad
+    for update in (Dense(vector), Sparse(torch.tensor([3]), vector[3:4])):
+        with pytest.raises(FoldOverflow, match="up to 1"):
+            fold.add(update)
+    assert torch.equal(fold.total, before)
+    assert fold.users == 1
+
+
+def test_a_weight_can_push_a_coordinate_over_the_limit():
+    with pytest.raises(FoldOverflow):
+        Fold(D, Grid.for_bound(1.0, 1)).add(Dense(torch.full((D,), 0.6)), 2.0)
+
+
+def test_more_users_than_there_is_room_for_is_an_error_and_changes_nothing():
+    grid = Grid(exponent=10, largest=1.0, capacity=2)
+    fold = folded([Dense(torch.ones(D))] * 2, grid)
+    with pytest.raises(FoldOverflow, match="at most 2 users"):
+        fold.add(Dense(torch.ones(D)))
+    with pytest.raises(FoldOverflow, match="at most 2 users"):
+        fold.merge(torch.ones(D, dtype=torch.int64), 1)
+    assert (fold.users, fold.total.tolist()) == (2, [2048] * D)
+
+
+@pytest.mark.parametrize("other", [torch.ones(1, dtype=torch.int64), torch.ones(D), torch.ones(D + 1, dtype=torch.int64)])
+def test_a_sum_of_another_shape_or_type_is_refused(other):
+    with pytest.raises(ValueError, match="int64 sum"):
+        Fold(D, Grid.for_bound(1.0, 1)).merge(other, 1)
+
+
+def test_an_update_without_values_is_a_user():
+    fold = folded([Sparse(torch.zeros(0, dtype=torch.int64), torch.zeros(0))], Grid.for_bound(1.0, 1))
+    assert (fold.users, fold.total.tolist()) == (1, [0] * D)

@@ -1,0 +1,124 @@
+"""What a method refuses as a whole, by name; and the weights of users."""
+
+import math
+import re
+
+import pytest
+import torch
+
+from fedclip.clipping import ClipByGlobalNorm, ClipPerLayer
+from fedclip.local import LocalSGD
+from fedclip.method import Method, ServerState, noise_to_bound, user_weight
+from fedclip.optimizers import LAMB, SGD, Adam
+from fedclip.release import Gaussian, Release
+from fedclip.sampling import Poisson
+from fedclip.schedules import Schedule
+from fedclip.transform import Bound, chain, with_error_feedback
+from tests.stages_of_tests import Amplify, Momentum, Round, TopK
+from tests.strategies_of_data import flat
+
+NOISE = Release(Gaussian(1.0), 5.0)
+CLIP = ClipPerLayer(0.5)
+
+
+def method(client=(CLIP,), server=(SGD(Schedule.of(1.0)),), momentum=0.0, **more):
+    local = LocalSGD(lr=0.1, steps=1, momentum=momentum)
+    return Method(sampler=Poisson(10, 5.0), local=local, client=chain(*client), server=chain(*server), **more)
+
+
+@pytest.mark.parametrize(
+    ("client", "named"),
+    [
+        ((), "chain()"),
+        ((Amplify(),), "chain(amplify)"),
+        ((CLIP, Amplify()), "amplify can without limit"),
+        ((CLIP, Amplify(said=Bound(math.nan))), "amplify can without limit"),
+        ((chain(CLIP, Amplify()), TopK(1)), "amplify can without limit"),
+        ((CLIP, with_error_feedback(TopK(1))), "with_error_feedback(top_k) can without limit"),
+    ],
+)
+def test_under_noise_a_chain_that_bounds_nothing_is_refused_by_name(client, named):
+    with pytest.raises(ValueError, match=f"Under noise.*{re.escape(named)}"):
+        method(client, release=NOISE)
+
+
+@pytest.mark.parametrize("client", [(CLIP,), (Amplify(), CLIP), (CLIP, TopK(1), Round(0.1)), (CLIP, Amplify(), ClipByGlobalNorm(0.2))])
+def test_under_noise_a_chain_that_is_bounded_is_taken(client):
+    made = method(client, release=NOISE)
+    assert made.private
+    assert made.bound(flat(3, 2)).total == pytest.approx(0.2 if len(client) == 3 and isinstance(client[2], ClipByGlobalNorm) else 0.5)
+
+
+def test_without_noise_nothing_must_be_bounded():
+    assert not method((Amplify(),)).private
+    assert math.isinf(method(()).bound(flat(1)).total)
+
+
+def test_under_noise_weights_need_a_limit():
+    with pytest.raises(ValueError, match="max_examples"):
+        method(release=NOISE, weighting="examples")
+    assert method(release=NOISE, weighting="examples", max_examples=10).max_examples == 10
+    assert method(weighting="examples").max_examples is None
+
+
+def test_under_noise_the_sum_of_weights_is_no_denominator():
+    with pytest.raises(ValueError, match="public denominator under noise, got 'weights'"):
+        method(release=Release(Gaussian(1.0)))
+
+
+@pytest.mark.parametrize(
+    ("server", "named"), [(SGD(Schedule.of(1.0), 0.9), "sgd"), (Adam(Schedule.of(1.0)), "adam"), (LAMB(Schedule.of(1.0)), "lamb")]
+)
+def test_momentum_on_both_sides_is_refused_unless_it_is_asked_for_twice(server, named):
+    for extra in ({"momentum": 0.5}, {"client": (Momentum(), CLIP)}):
+        with pytest.raises(ValueError, match=rf"Momentum on both sides.*{named}.*double_momentum = true"):
+            method(server=(server,), **extra)
+        assert method(server=(server,), double_momentum=True, **extra).double_momentum
+    assert method(server=(server,))
+
+
+def test_momentum_on_one_side_is_taken():
+    assert method(momentum=0.9)
+    assert method((Momentum(), CLIP))
+    assert method(server=(Adam(Schedule.of(1.0), (0.0, 0.9)),), momentum=0.9)
+
+
+def test_a_client_chain_with_state_is_refused():
+    with pytest.raises(ValueError, match="with_error_feedback.*state"):
+        method((with_error_feedback(CLIP),))
+
+
+def test_a_server_chain_without_an_optimizer_is_refused():
+    with pytest.raises(ValueError, match="optimizer"):
+        method(server=())
+
+
+def test_the_bound_splits_as_the_clip_says():
+    assert method((ClipPerLayer(0.5, "uniform"),)).bound(flat(3, 2)).per_layer == pytest.approx((0.5 / math.sqrt(2),) * 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "weight"),
+    [
+        ((7, "uniform", None), 1.0),
+        ((7, "examples", None), 7.0),
+        ((7, "examples", 10), 0.7),
+        ((70, "examples", 10), 1.0),
+        ((7, "uniform", 10), 1.0),
+    ],
+)
+def test_user_weights(arguments, weight):
+    assert user_weight(*arguments) == weight
+
+
+def test_the_first_state_has_its_own_copy_of_the_parameters():
+    params = torch.ones(5)
+    state = ServerState.initial(params, method(server=(Adam(Schedule.of(1.0)),)), flat(5))
+    params.zero_()
+    assert state.params.tolist() == [1] * 5
+    assert (state.round, state.attempt, state.server[0].steps) == (0, 0, 0)
+
+
+def test_noise_over_bound_is_z_root_d_over_s():
+    assert noise_to_bound(method(release=NOISE), flat(100)) == pytest.approx(1.0 * 10 / 5)
+    assert noise_to_bound(method(), flat(100)) == 0.0

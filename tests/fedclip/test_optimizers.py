@@ -1,0 +1,141 @@
+"""Server optimizers against torch's and against a slow NumPy form written from the equations."""
+
+import numpy as np
+import pytest
+import torch
+
+from fedclip.optimizers import LAMB, SGD, Adam
+from fedclip.schedules import Schedule
+from fedclip.transform import UNBOUNDED, Bound
+from fedclip.update import Dense, Sparse, to_dense
+from tests.strategies_of_data import context, flat
+
+LAYOUT = flat(3, 0, 1, 4)
+
+
+def gradients(steps=20, scale=1.0):
+    return torch.randn(steps, LAYOUT.size, generator=torch.Generator().manual_seed(1)) * scale
+
+
+def start():
+    return torch.randn(LAYOUT.size, generator=torch.Generator().manual_seed(2))
+
+
+def ours(optimizer, grads, params=None):
+    """Parameters after each step."""
+    params, state, path = start() if params is None else params, optimizer.init(LAYOUT), []
+    for n, g in enumerate(grads, 1):
+        step = optimizer.apply(Dense(g), state, context(LAYOUT, n, params))
+        params, state = params - to_dense(step.update, LAYOUT), step.state
+        path.append(params)
+    return torch.stack(path)
+
+
+def torchs(make, grads):
+    params, path = torch.nn.Parameter(start()), []
+    optimizer = make([params])
+    for g in grads:
+        params.grad = g.clone()
+        optimizer.step()
+        path.append(params.detach().clone())
+    return torch.stack(path)
+
+
+@pytest.mark.parametrize(("momentum", "nesterov"), [(0.0, False), (0.9, False), (0.9, True)])
+def test_sgd_is_torchs(momentum, nesterov):
+    expected = torchs(lambda p: torch.optim.SGD(p, lr=0.1, momentum=momentum, nesterov=nesterov), gradients())
+    torch.testing.assert_close(ours(SGD(Schedule.of(0.1), momentum, nesterov), gradients()), expected, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("eps", [1e-8, 1e-2])
+def test_adam_is_torchs(eps):
+    expected = torchs(lambda p: torch.optim.Adam(p, lr=0.05, betas=(0.8, 0.95), eps=eps), gradients())
+    torch.testing.assert_close(ours(Adam(Schedule.of(0.05), (0.8, 0.95), eps), gradients()), expected, atol=1e-6, rtol=1e-6)
+
+
+def test_adam_with_decay_is_torchs_adamw():
+    expected = torchs(lambda p: torch.optim.AdamW(p, lr=0.05, betas=(0.8, 0.95), weight_decay=0.1), gradients())
+    torch.testing.assert_close(ours(Adam(Schedule.of(0.05), (0.8, 0.95), weight_decay=0.1), gradients()), expected, atol=1e-6, rtol=1e-6)
+
+
+def slow_lamb(grads, params, lr, b1, b2, eps, decay, least=0.0, greatest=np.inf):
+    """arXiv 1904.00962, Algorithm 2, in float64, a layer and a coordinate at a time."""
+    theta, m, v, path = params.double().tolist(), [0.0] * LAYOUT.size, [0.0] * LAYOUT.size, []
+    starts = np.cumsum([0, *LAYOUT.sizes])
+    for t, g in enumerate(grads.double().tolist(), 1):
+        u = []
+        for i in range(LAYOUT.size):
+            m[i] = b1 * m[i] + (1 - b1) * g[i]
+            v[i] = b2 * v[i] + (1 - b2) * g[i] ** 2
+            u.append(m[i] / (1 - b1**t) / ((v[i] / (1 - b2**t)) ** 0.5 + eps) + decay * theta[i])
+        new = list(theta)
+        for a, b in zip(starts[:-1], starts[1:], strict=True):
+            size, length = sum(x * x for x in theta[a:b]) ** 0.5, sum(x * x for x in u[a:b]) ** 0.5
+            ratio = size / length if size and length else 1.0
+            for i in range(a, b):
+                new[i] = theta[i] - lr * min(max(ratio, least), greatest) * u[i]
+        theta = new
+        path.append(theta)
+    return torch.tensor(path, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("decay", "bounds"), [(0.0, (0.0, np.inf)), (0.1, (0.0, np.inf)), (0.01, (0.5, 0.8))])
+@pytest.mark.parametrize("scale", [1.0, 1e-6])
+def test_lamb_is_the_slow_one(decay, bounds, scale):
+    grads = gradients(scale=scale)
+    fast = ours(LAMB(Schedule.of(0.02), (0.9, 0.999), 1e-6, decay, bounds), grads)
+    slow = slow_lamb(grads, start(), 0.02, 0.9, 0.999, 1e-6, decay, *bounds)
+    torch.testing.assert_close(fast.double(), slow, atol=5e-6, rtol=5e-6)
+
+
+def test_lamb_takes_ratio_one_where_a_norm_is_zero():
+    params = torch.tensor([0.0, 0, 0, 2.0, 3.0, 0, 0, 0])
+    g = torch.tensor([1.0, 1, 1, 0.0, 1, 0, 0, 0])
+    step = LAMB(Schedule.of(0.5)).apply(Dense(g), LAMB(Schedule.of(0.5)).init(LAYOUT), context(LAYOUT, params=params))
+    # Layers: zero parameters; empty; zero gradient; both over 0: u = g / |g| = (1, 0, 0, 0), so that r = ||theta|| / 1 = 3.
+    assert step.measurements["trust_ratio"] == pytest.approx((1.0, 1.0, 1.0, 3.0), rel=1e-5)
+    assert step.update.vector.tolist() == pytest.approx([0.5, 0.5, 0.5, 0, 1.5, 0, 0, 0], rel=1e-5)
+
+
+def test_trust_bounds_hold_also_where_the_ratio_would_be_one():
+    optimizer = LAMB(Schedule.of(1.0), trust_bounds=(2.0, 2.5))
+    params = torch.tensor([0.0, 0, 0, 9.0, 0.1, 0, 0, 0])
+    step = optimizer.apply(Dense(torch.ones(8)), optimizer.init(LAYOUT), context(LAYOUT, params=params))
+    assert step.measurements["trust_ratio"] == (2.0, 2.0, 2.5, 2.0)
+
+
+def test_lamb_by_blocks_has_a_ratio_a_block():
+    from fedclip.layout import Layout
+
+    names = ("blocks.0.a", "blocks.0.b", "head.a")
+    layout = Layout(names, ((2,), (1,), (1,)), names)
+    optimizer = LAMB(Schedule.of(1.0), layers="block")
+    params = torch.tensor([3.0, 0.0, 4.0, 7.0])
+    step = optimizer.apply(Dense(torch.ones(4)), optimizer.init(layout), context(layout, params=params))
+    assert step.measurements["trust_ratio"] == pytest.approx((5 / 3**0.5, 7.0), rel=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", [SGD(Schedule.of(0.1), 0.9), Adam(Schedule.of(0.1)), LAMB(Schedule.of(0.1))])
+def test_the_rate_follows_the_round_and_nothing_bounds_a_step(optimizer):
+    from dataclasses import replace
+
+    falling = replace(optimizer, lr=Schedule(value=0.1, decay="step", factor=0.5, start=0, every=2))
+    g, state = Dense(gradients(1)[0]), optimizer.init(LAYOUT)
+    first, second = (falling.apply(g, state, context(LAYOUT, n, start())).update.vector for n in (1, 2))
+    torch.testing.assert_close(second, first * 0.5)
+    assert optimizer.bound(Bound(1.0), LAYOUT) == UNBOUNDED
+    assert optimizer.has_momentum(1)
+
+
+def test_sgd_takes_sparse_means():
+    step = SGD(Schedule.of(2.0)).apply(Sparse(torch.tensor([1]), torch.tensor([3.0])), None, context(LAYOUT))
+    assert step.update.vector.tolist() == [0, 6, 0, 0, 0, 0, 0, 0]
+    assert not SGD(Schedule.of(2.0)).has_momentum(2)
+    assert not Adam(Schedule.of(2.0), (0.0, 0.9)).has_momentum(2)
+
+
+def test_impossible_optimizers_are_refused():
+    with pytest.raises(ValueError, match="nesterov"):
+        SGD(Schedule.of(0.1), nesterov=True)
+    with pytest.raises(ValueError, match="trust_bounds"):
+        LAMB(Schedule.of(0.1), trust_bounds=(2.0, 1.0))

@@ -1,0 +1,58 @@
+"""`Replica`: parameters and gradients are views of two flat buffers, and a reset forgets a user."""
+
+import torch
+from torch import nn
+
+from fedclip.replica import Replica
+
+
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+
+
+def test_the_flat_vector_is_the_parameters_in_order():
+    reference, replica = model(), Replica(model())
+    assert torch.equal(replica.params, torch.cat([p.detach().flatten() for p in reference.parameters()]))
+    replica.params.zero_()
+    assert not any(p.any() for p in replica.model.parameters())
+
+
+def test_gradients_arrive_in_the_flat_buffer():
+    reference, replica, x = model(), Replica(model()), torch.randn(5, 3)
+    for m in (reference, replica.model):
+        m(x).square().sum().backward()
+    assert torch.equal(replica.grads, torch.cat([p.grad.flatten() for p in reference.parameters()]))
+    replica.model(x).square().sum().backward()
+    assert torch.allclose(replica.grads, 2 * torch.cat([p.grad.flatten() for p in reference.parameters()]), rtol=1e-3, atol=1e-5)
+
+
+def test_a_load_forgets_parameters_and_batch_statistics():
+    replica, start = Replica(model()), Replica(model()).params.clone()
+    before = {k: v.clone() for k, v in replica.model.state_dict().items()}
+    replica.model.train()
+    replica.model(torch.randn(5, 3) * 9)
+    replica.params.add_(1)
+    assert replica.model[1].num_batches_tracked == 1
+    replica.load(start)
+    assert all(torch.equal(v, before[k]) for k, v in replica.model.state_dict().items())
+    assert replica.params is not start
+    replica.params.add_(1)
+    assert torch.equal(start, Replica(model()).params), "a load must copy"
+
+
+def test_frozen_parameters_stay_out_and_all_is_float32():
+    half = model().to(torch.float64)
+    half[0].weight.requires_grad_(False)
+    replica = Replica(half)
+    assert replica.layout.names[0] == "0.bias"
+    assert {p.dtype for p in replica.model.parameters()} == {torch.float32}
+
+
+def test_flat_is_a_parameter_of_torch_optimizers():
+    replica = Replica(model())
+    replica.grads.fill_(1.0)
+    before = replica.params.clone()
+    torch.optim.SGD([replica.flat], lr=0.5).step()
+    assert torch.equal(replica.params, before - 0.5)
+    assert torch.equal(next(replica.model.parameters()).flatten(), replica.params[:12])

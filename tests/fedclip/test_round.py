@@ -1,0 +1,374 @@
+"""A round: the same bits for any deal over workers, failures that cost nobody else anything, and a sum that one user bounds."""
+
+import dataclasses
+import json
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fedclip.clipping import ClipByGlobalNorm, ClipPerLayer
+from fedclip.fold import FoldOverflow
+from fedclip.method import Method, ServerState
+from fedclip.optimizers import SGD
+from fedclip.release import Gaussian, Release
+from fedclip.replica import Replica
+from fedclip.round import Client, Collector, Contribution, RoundSpec, Site, begin, deal, evaluate_units, finish, train_blocks
+from fedclip.sampling import Poisson
+from fedclip.schedules import Schedule
+from fedclip.simulation import initial_params
+from fedclip.stages import gaussian, local_sgd, poisson
+from fedclip.tasks.vision import build_vision
+from fedclip.tasks.vision_options import VisionOptions
+from fedclip.transform import chain
+from fedclip.update import Dense
+from strategies.recipes import fedavg, pfl4asr
+
+VISION = build_vision(VisionOptions(name="vision", channels=2), population=30, seed=0)
+
+
+def private(task=VISION, noise=0.5):
+    return pfl4asr(
+        sampler=poisson(30, 12.0),
+        local=local_sgd(lr=0.1, steps=2, batch_size=8, clip_norm=1.0),
+        mechanism=gaussian(noise),
+        max_norm=0.5,
+        server_lr=0.01,
+    )
+
+
+def run(method, task=VISION, rounds=3, workers=1, secret="s", mix=None):
+    """Rounds in this process, dealt to sites that know nothing of each other; the states and outcomes."""
+    sites = [Site(task, Replica(task.make_model())) for _ in range(workers)]
+    layout = sites[0].replica.layout
+    state, outcomes = ServerState.initial(initial_params(task), method, layout), []
+    for _ in range(rounds):
+        plan = begin(method, state, layout, secret, "run")
+        shares = deal(plan.blocks, workers, task)
+        if mix is not None:
+            for share in shares:
+                mix.shuffle(share)
+            mix.shuffle(shares)
+        partials = [train_blocks(site, plan.spec, share) for site, share in zip(sites, shares, strict=True)]
+        outcomes.append(finish(method, state, layout, plan, partials))
+        state = outcomes[-1].state
+    return state, outcomes
+
+
+def comparable(tally):
+    return {k: v for k, v in tally.items() if not k.endswith("seconds")}
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return run(private())
+
+
+@pytest.mark.parametrize(("workers", "seed"), [(1, 1), (2, 2), (3, 3)])
+def test_any_deal_over_workers_has_the_same_bits(reference, workers, seed):
+    state, outcomes = run(private(), workers=workers, mix=random.Random(seed))
+    assert torch.equal(state.params, reference[0].params)
+    assert [comparable(o.tally) for o in outcomes] == [comparable(o.tally) for o in reference[1]], "tallies add up in cohort order"
+    assert all(math.isfinite(v) for v in state.params)
+
+
+def test_the_same_secret_repeats_and_another_does_not(reference):
+    assert torch.equal(run(private())[0].params, reference[0].params)
+    assert not torch.equal(run(private(), secret="t")[0].params, reference[0].params)
+
+
+def test_an_attempt_draws_all_anew():
+    method, layout = private(), Replica(VISION.make_model()).layout
+    state = ServerState.initial(initial_params(VISION), method, layout)
+    plans = [begin(method, dataclasses.replace(state, attempt=a), layout, "s", "run") for a in (0, 1)]
+    assert plans[0].blocks != plans[1].blocks
+    assert not torch.equal(*(finish(method, state, layout, p, []).state.params for p in plans))
+
+
+def test_a_round_changes_none_of_its_inputs():
+    method, site = private(), Site(VISION, Replica(VISION.make_model()))
+    layout = site.replica.layout
+    state = ServerState.initial(initial_params(VISION), method, layout)
+    before = state.params.clone()
+    plan = begin(method, state, layout, "s", "run")
+    partial = train_blocks(site, plan.spec, plan.blocks)
+    total = partial.total.clone()
+    first, second = (finish(method, state, layout, plan, [partial]) for _ in range(2))
+    assert torch.equal(state.params, before)
+    assert torch.equal(partial.total, total)
+    assert (state.round, state.server[0].steps) == (0, 0)
+    assert not state.server[0].first.any()
+    assert torch.equal(first.state.params, second.state.params)
+
+
+def test_the_cohort_is_dealt_in_blocks_of_consecutive_users_once_each():
+    method = dataclasses.replace(private(), sampler=Poisson(100_000, 5000.0))
+    layout = Replica(VISION.make_model()).layout
+    blocks = begin(method, ServerState.initial(initial_params(VISION), method, layout), layout, "s", "run").blocks
+    users = [u for _, block in blocks for u in block]
+    assert users == sorted(set(users))
+    assert [n for n, _ in blocks] == list(range(len(blocks)))
+    assert 55 <= len(blocks) <= 70
+
+
+def test_dealing_evens_out_predicted_costs_and_loses_nobody():
+    class Costs:
+        def cost(self, user):
+            return float(user)
+
+    blocks = [(n, (n, n + 1)) for n in range(20)]
+    shares = deal(blocks, 3, Costs())
+    assert sorted(b for share in shares for b in share) == blocks
+    loads = [sum(u for _, users in share for u in users) for share in shares]
+    assert max(loads) - min(loads) <= 40
+    assert deal([], 2, Costs()) == [[], []]
+
+
+class Line:
+    """One parameter vector w of two numbers, starting at (1, 2); a user's loss is the mean of w . x over its examples x."""
+
+    held_out_units, users = 1, 6
+    data = (((1.0, 0.0),), ((0.0, 2.0),) * 3, (), ((4.0, 4.0),) * 2, ((0.5, 0.5),), ((1.0, 1.0),))
+
+    def make_model(self):
+        layer = nn.Linear(2, 1, bias=False)
+        with torch.no_grad():
+            layer.weight.copy_(torch.tensor([[1.0, 2.0]]))
+        return layer
+
+    def load_user(self, user, rng):
+        return self.data[user]
+
+    def cost(self, user):
+        return 1.0
+
+    def batches(self, examples, batch_size, rng):
+        yield torch.tensor(examples)
+
+    def loss(self, model, batch):
+        return model(batch).mean()
+
+    def evaluate(self, model, unit):
+        return {"w": float(model.weight.sum())}
+
+    def summarise(self, counts, seed):
+        return {"eval_loss": sum(c["w"] for c in counts)}
+
+
+class Failing(Line):
+    """Users 0 and 1 fail: one when it loads, one when it trains."""
+
+    def load_user(self, user, rng):
+        if user == 0:
+            raise OSError("no such recording")
+        return super().load_user(user, rng)
+
+    def loss(self, model, batch):
+        if batch.shape[0] == 3:
+            raise RuntimeError("out of memory")
+        return super().loss(model, batch)
+
+
+class NotFinite(Line):
+    """User 3 diverges."""
+
+    def loss(self, model, batch):
+        return super().loss(model, batch) * (math.nan if batch.shape[0] == 2 else 1.0)
+
+
+def averaging(weighting="examples", **more):
+    return fedavg(sampler=poisson(6, 6.0), local=local_sgd(lr=0.1, steps=1), weighting=weighting, **more)
+
+
+def everyone(task, method=None):
+    """One round with all the users: the step that the server took, and the outcome."""
+    state, (outcome,) = run(method or averaging(), task, rounds=1)
+    return (initial_params(task) - state.params).numpy(), outcome
+
+
+def means(task, skipped=()):
+    return {u: np.mean(task.data[u], axis=0) * 0.1 for u in range(6) if task.data[u] and u not in skipped}
+
+
+def test_federated_averaging_by_examples_is_the_weighted_mean():
+    step, outcome = everyone(Line())
+    # The gradient of user u is the mean of its examples, and delta = lr * gradient; FedAvg weights it by the number of examples.
+    deltas = means(Line())
+    weights = {u: len(Line.data[u]) for u in deltas}
+    expected = sum(weights[u] * deltas[u] for u in deltas) / sum(weights.values())
+    assert step == pytest.approx(expected, abs=1e-6)
+    assert (outcome.tally["users"], outcome.tally["users_without_data"], outcome.tally["weight"]) == (5.0, 1.0, 8.0)
+
+
+def test_uniform_weights_are_the_plain_mean_over_users_with_data():
+    step, outcome = everyone(Line(), averaging("uniform"))
+    assert step == pytest.approx(np.mean(list(means(Line()).values()), axis=0), abs=1e-6)
+    assert outcome.tally["weight"] == 5.0
+
+
+def test_a_user_that_fails_is_counted_and_adds_nothing():
+    step, outcome = everyone(Failing(), averaging("uniform"))
+    assert step == pytest.approx(np.mean(list(means(Line(), skipped=(0, 1)).values()), axis=0), abs=1e-6)
+    assert (outcome.tally["users"], outcome.tally["failed_users"], outcome.tally["users_without_data"]) == (3.0, 2.0, 1.0)
+    assert outcome.errors == ("user 0: OSError: no such recording", "user 1: RuntimeError: out of memory")
+
+
+def test_a_user_that_diverges_is_a_zero_vector_that_counts():
+    step, outcome = everyone(NotFinite(), averaging("uniform"))
+    deltas = means(Line(), skipped=(3,))
+    assert step == pytest.approx(np.sum(list(deltas.values()), axis=0) / 5, abs=1e-6)
+    assert (outcome.tally["not_finite"], outcome.tally["weight"], outcome.tally["losses"]) == (1.0, 5.0, 4.0)
+
+
+def test_downlink_and_uplink_are_the_bytes_of_the_wire():
+    outcome = everyone(Line())[1]
+    # A header of 20 bytes and two float32 numbers; five users with data send, all six receive.
+    assert (outcome.tally["uplink_bytes"], outcome.tally["downlink_bytes"]) == (5 * 28.0, 6 * 28.0)
+
+
+def noised(weighting="uniform", max_examples=None, max_norm=0.05, sampler=None):
+    return Method(
+        sampler=sampler or Poisson(6, 6.0),
+        local=local_sgd(lr=0.1, steps=1),
+        client=chain(ClipByGlobalNorm(max_norm)),
+        server=chain(SGD(Schedule.of(1.0))),
+        release=Release(Gaussian(1e-9), 6.0),
+        weighting=weighting,
+        max_examples=max_examples,
+    )
+
+
+def test_under_noise_the_sum_is_divided_by_the_public_cohort():
+    step, outcome = everyone(Failing(), noised(max_norm=100.0))
+    assert step == pytest.approx(np.sum(list(means(Line(), skipped=(0, 1)).values()), axis=0) / 6, abs=1e-6)
+    assert outcome.tally["failed_users"] == 2.0
+
+
+def test_under_noise_weights_go_in_before_the_clip():
+    step, _ = everyone(Line(), noised("examples", 4))
+    expected = np.zeros(2)
+    for u, delta in means(Line()).items():
+        weighted = delta * min(len(Line.data[u]), 4) / 4
+        expected += weighted * min(1.0, 0.05 / np.linalg.norm(weighted))
+    assert step == pytest.approx(expected / 6, abs=1e-6)
+
+
+def test_an_empty_cohort_under_noise_is_still_a_released_round():
+    method = dataclasses.replace(noised(max_norm=1.0, sampler=Poisson(6, 1e-9)), release=Release(Gaussian(3.0), 1e-3))
+    state, (outcome,) = run(method, Line(), rounds=1)
+    assert state.round == 1
+    assert outcome.tally.get("users", 0.0) == 0.0
+    assert (initial_params(Line()) - state.params).abs().min() > 1.0
+
+
+def test_an_empty_cohort_without_noise_changes_nothing():
+    state, _ = run(dataclasses.replace(averaging(), sampler=Poisson(6, 1e-9)), Line(), rounds=2)
+    assert torch.equal(state.params, initial_params(Line()))
+
+
+def spec_of(method, task=VISION):
+    layout = Replica(task.make_model()).layout
+    return begin(method, ServerState.initial(initial_params(task), method, layout), layout, "s", "run").spec, layout
+
+
+@pytest.mark.parametrize("method", [private(), averaging(), noised("examples", 4)], ids=["pfl4asr", "fedavg", "weights"])
+def test_a_specification_travels_as_json(method):
+    spec, _ = spec_of(method)
+    again = RoundSpec.from_shared(json.loads(json.dumps(spec.shared())), spec.params)
+    assert again.shared() == spec.shared()
+    assert {f.name: getattr(again, f.name) for f in dataclasses.fields(spec)} == {
+        f.name: getattr(spec, f.name) for f in dataclasses.fields(spec)
+    }
+    assert again.digest == spec.digest
+    assert Client(Site(VISION, Replica(VISION.make_model())), again).chain == method.client
+    assert Client(Site(VISION, Replica(VISION.make_model())), again).local == method.local
+
+
+def test_the_digest_covers_all_that_is_shared():
+    spec, _ = spec_of(private())
+    streams, grid = spec.streams, spec.grid
+    changes = [
+        {"streams": dataclasses.replace(streams, round=9)},
+        {"streams": dataclasses.replace(streams, attempt=1)},
+        {"local": {}},
+        {"client": spec.client[:0]},
+        {"codec": {}},
+        {"weighting": "examples"},
+        {"max_examples": 3},
+        {"private": False},
+        {"grid": dataclasses.replace(grid, exponent=1)},
+        {"params": spec.params + b"\x00"},
+    ]
+    assert {next(iter(c)) for c in changes} == {f.name for f in dataclasses.fields(spec)}
+    assert len({spec.digest, *(dataclasses.replace(spec, **c).digest for c in changes)}) == len(changes) + 1
+
+
+def collect(method, vector, weight=1.0):
+    """The sum after one contribution with these values, from a client that says what it likes."""
+    spec, layout = spec_of(method, Line())
+    collector = Collector(spec, layout)
+    payload = collector.codec.encode(Dense(torch.tensor(vector)), layout)
+    collector.take(0, Contribution(0, payload, weight, {"users": 1.0}))
+    return collector
+
+
+@pytest.mark.parametrize("vector", [[3e38, 3e38], [30.0, -40.0], [0.06, 0.0]])
+@pytest.mark.parametrize("weight", [1.0, 2.0, 1e9, -5.0])
+def test_under_noise_no_client_can_add_more_than_the_bound(vector, weight):
+    collector = collect(noised(), vector, weight)
+    assert np.linalg.norm(collector.fold.result().numpy()) <= 0.05
+    assert collector.fold.users == 1
+    assert collector.tallies[0]["weight"] == 1.0
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_payload_that_is_not_finite_is_a_zero_and_counted(bad):
+    collector = collect(noised(), [bad, 1.0])
+    assert collector.fold.total.tolist() == [0, 0]
+    assert collector.tallies[0]["not_finite"] == 1.0
+
+
+def test_what_cannot_be_taken_is_a_failed_user():
+    collector = collect(averaging(), [1e9, 0.0])
+    assert collector.fold.users == 0
+    assert collector.tallies[0] == {"failed_users": 1.0}
+    assert collector.errors[0].startswith("user 0: FoldOverflow: ")
+    collector.take(0, Contribution(4, b"junk", 1.0, {"users": 1.0}))
+    assert collector.tallies[0] == {"failed_users": 2.0}
+    assert collector.errors[1].startswith("user 4: WireError: ")
+
+
+def test_more_users_than_the_grid_holds_stop_the_round():
+    method = averaging()
+    spec, layout = spec_of(method, Line())
+    plan = begin(method, ServerState.initial(initial_params(Line()), method, layout), layout, "s", "run")
+    partial = train_blocks(Site(Line(), Replica(Line().make_model())), plan.spec, plan.blocks)
+    with pytest.raises(FoldOverflow, match="users in a sum"):
+        finish(method, ServerState.initial(initial_params(Line()), method, layout), layout, plan, [dataclasses.replace(partial, users=99)])
+    assert spec.grid.capacity == 8
+
+
+def test_removing_one_user_changes_the_sum_by_a_vector_within_the_bound():
+    method, site = private(), Site(VISION, Replica(VISION.make_model()))
+    layout = site.replica.layout
+    plan = begin(method, ServerState.initial(initial_params(VISION), method, layout), layout, "s", "run")
+    whole = train_blocks(site, plan.spec, plan.blocks)
+    scale = 2.0**-plan.spec.grid.exponent
+    bounds = ClipPerLayer(0.5).bounds(layout)
+    for _, gone in plan.blocks[:4]:
+        without = train_blocks(site, plan.spec, [b for b in plan.blocks if b[1] != gone])
+        alone = train_blocks(site, plan.spec, [(0, gone)])
+        difference = whole.total - without.total
+        assert torch.equal(difference, alone.total), "nobody else's part may change"
+        assert len(gone) == 1
+        for piece, limit in zip(layout.split(difference), bounds, strict=True):
+            assert float(torch.linalg.vector_norm(piece.double() * scale)) <= limit
+
+
+def test_evaluation_is_by_unit_on_the_given_parameters():
+    site = Site(Line(), Replica(Line().make_model()))
+    assert evaluate_units(site, torch.tensor([5.0, 6.0]), [0]) == [(0, {"w": 11.0})]
+    assert not site.replica.model.training

@@ -1,0 +1,56 @@
+"""Every snippet of the documentation runs: Python as it stands, TOML as an experiment, commands as far as the options they name."""
+
+import re
+import shlex
+import tomllib
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from experiments.cli import app
+from experiments.prepare import prepare
+from fedclip.config import make_experiment
+from strategies.recipes import resolve
+
+PROJECT = Path(__file__).parents[1]
+PAGES = sorted([PROJECT / "README.md", *(PROJECT / "docs").glob("*.md")])
+
+
+def snippets(language: str) -> list[object]:
+    found = []
+    for page in PAGES:
+        for n, text in enumerate(re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)):
+            found.append(pytest.param(text, id=f"{page.name}-{n}"))
+    return found
+
+
+@pytest.mark.usefixtures("ray_session")
+@pytest.mark.parametrize("text", snippets("python"))
+def test_python(text: str) -> None:
+    exec(compile(text, "snippet", "exec"), {"__name__": "__main__"})
+
+
+@pytest.mark.parametrize("text", snippets("toml"))
+def test_toml_is_an_experiment(text: str) -> None:
+    assert prepare(resolve(make_experiment(tomllib.loads(text)))).task.users > 0
+
+
+@pytest.mark.parametrize("text", snippets("sh"))
+def test_commands_and_their_options_exist(text: str) -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (PROJECT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    for line in text.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        if words and words[0] == "make":
+            assert words[1] in targets, line
+        if words and Path(words[0]).name == "fedclip":
+            known = CliRunner().invoke(app, [words[1], "--help"]).output
+            assert all(word in known for word in words[2:] if word.startswith("--")), line
+            assert all((PROJECT / word).is_file() for word in words if word.startswith("experiments/")), line
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    for page in PAGES:
+        for link in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
+            if "://" not in link:
+                assert (page.parent / link).exists(), f"{page.name}: {link}"
