@@ -16,9 +16,12 @@ from fedclip.asr.text import BLANK
 FREQUENCY_SCALE: Final = 30.0
 """Radians a second of the fastest position wave: positions count in seconds, a frame is about 1/30 of one (CAPE)."""
 
+NEIGHBOURS: Final = 5
+"""Frames under the kernel of a further convolution of the front end."""
+
 
 class CtcTransformer(nn.Module):
-    """Scalar scale and bias, strided convolution with GLU, CAPE positions, attention blocks, LayerNorm, linear.
+    """Scalar scale and bias, strided convolution with GLU, further convolutions where asked for, CAPE positions, attention blocks, LayerNorm, linear.
 
     With 80 mels, 30 symbols, dim 768, 36 layers, MLP 3072 and kernel 7 it has 255,800,864 parameters in 296 tensors,
     as published: a bias on the convolution and on the output, none in the blocks.
@@ -39,6 +42,7 @@ class CtcTransformer(nn.Module):
         self.scale = nn.Parameter(torch.ones(1))
         self.bias = nn.Parameter(torch.zeros(1))
         self.front = nn.Conv1d(n_mels, 2 * options.dim, options.kernel, options.stride, padding=options.kernel // 2)
+        self.convolutions = nn.ModuleList(Convolution(options) for _ in range(options.convolutions))
         self.blocks = nn.ModuleList(Block(options) for _ in range(options.layers))
         self.norm = nn.LayerNorm(options.dim)
         self.output = nn.Linear(options.dim, symbols)
@@ -64,9 +68,12 @@ class CtcTransformer(nn.Module):
             x = x * (torch.arange(time, device=x.device) < lengths[:, None])[..., None]
         x = functional.glu(self.front(x.transpose(1, 2)), dim=1).transpose(1, 2)
         x = functional.dropout(x, self._options.dropout, self.training)
-        x = x + self._positions(x)
         frames = self.output_lengths(lengths)
-        mask = (torch.arange(x.shape[1], device=x.device) < frames[:, None])[:, None, None, :] if padded else None
+        own = torch.arange(x.shape[1], device=x.device) < frames[:, None] if padded else None
+        for convolution in self.convolutions:
+            x = convolution(x, own)
+        x = x + self._positions(x)
+        mask = own[:, None, None, :] if own is not None else None
         for block in self.blocks:
             x = block(x, mask)
         return self.output(self.norm(x)), frames
@@ -81,6 +88,29 @@ class CtcTransformer(nn.Module):
             seconds = seconds + shift * self._options.shift_seconds
         angles = seconds[..., None] * rates
         return torch.cat((angles.sin(), angles.cos()), dim=-1).to(x.dtype)
+
+
+class Convolution(nn.Module):
+    """A gated convolution over neighbouring frames, beside a residual path, on normalised input."""
+
+    def __init__(self, options: ModelOptions) -> None:
+        """Draw the initial weights from torch's global generator."""
+        super().__init__()
+        self.norm = nn.LayerNorm(options.dim)
+        self.conv = nn.Conv1d(options.dim, 2 * options.dim, NEIGHBOURS, padding=NEIGHBOURS // 2)
+
+    def forward(self, x: Tensor, own: Tensor | None) -> Tensor:
+        """Return the convolution's output, shape (batch, frames, dim).
+
+        Args:
+            x: Shape (batch, frames, dim).
+            own: Which frames are an utterance's own, shape (batch, frames); None for all. The others are set to 0.
+        """
+        normal = self.norm(x)
+        if own is not None:
+            normal = normal * own[..., None]
+        added: Tensor = functional.glu(self.conv(normal.transpose(1, 2)), dim=1).transpose(1, 2)
+        return x + added
 
 
 class Block(nn.Module):

@@ -112,6 +112,11 @@ def test_the_guard_of_the_global_clip_finds_nothing_to_do(case, bound):
     assert clip.guard.apply(clipped, None, context(layout)).update is clipped
 
 
+def test_the_guard_is_the_same_clip_or_in_normalize_mode_the_global_one():
+    assert ClipPerLayer(0.5, "uniform").guard == ClipPerLayer(0.5, "uniform")
+    assert ClipPerLayer(0.5, "uniform", "normalize").guard == ClipByGlobalNorm(0.5)
+
+
 def test_normalize_scales_a_small_layer_up():
     step = ClipPerLayer(1.0, "uniform", "normalize").apply(Dense(torch.tensor([3.0, 4.0, 0.01, 0.0])), None, context(flat(2, 1, 1)))
     c = 1 / math.sqrt(3)

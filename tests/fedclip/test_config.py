@@ -161,15 +161,17 @@ def test_a_default_that_is_written_out_is_the_same_experiment(file):
 IMPORTS = [
     "import fedclip.config",
     "import experiments.cli",
-    "from experiments.prepare import read_experiment; from pathlib import Path; read_experiment(Path({file!r}), [])",
+    "from experiments.prepare import read_experiment; from pathlib import Path\nread_experiment(Path({file!r}), [])",
     "from experiments.prepare import read_experiment; from pathlib import Path\n"
     "from fedclip.options import ConfigError\n"
-    "try:\n    read_experiment(Path({file!r}), ['strategy.server.lamb.lrr=1'])\nexcept ConfigError:\n    pass\nelse:\n    raise SystemExit(5)",
+    "try:\n    read_experiment(Path({file!r}), ['strategy.server.lamb.lrr=1'])\n"
+    "except ConfigError:\n    pass\nelse:\n    raise SystemExit(5)",
 ]
 
 
 @pytest.mark.parametrize("code", IMPORTS)
 def test_reading_and_refusing_import_no_torch(file, code):
-    code = code.format(file=str(file)) + "\nimport sys\nloaded = {'torch', 'flwr', 'ray'} & set(sys.modules)\nassert not loaded, loaded"
+    check = "\nimport sys\nloaded = {'torch', 'flwr', 'ray'} & set(sys.modules)\nassert not loaded, loaded"
+    code = code.format(file=str(file)) + check
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

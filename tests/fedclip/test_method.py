@@ -21,7 +21,10 @@ NOISE = Release(Gaussian(1.0), 5.0)
 CLIP = ClipPerLayer(0.5)
 
 
-def method(client=(CLIP,), server=(SGD(Schedule.of(1.0)),), momentum=0.0, **more):
+PLAIN = SGD(Schedule.of(1.0))
+
+
+def method(client=(CLIP,), server=(PLAIN,), momentum=0.0, **more):
     local = LocalSGD(lr=0.1, steps=1, momentum=momentum)
     return Method(sampler=Poisson(10, 5.0), local=local, client=chain(*client), server=chain(*server), **more)
 
@@ -84,7 +87,7 @@ def test_momentum_on_one_side_is_taken():
 
 
 def test_a_client_chain_with_state_is_refused():
-    with pytest.raises(ValueError, match="with_error_feedback.*state"):
+    with pytest.raises(ValueError, match=r"with_error_feedback.*state"):
         method((with_error_feedback(CLIP),))
 
 

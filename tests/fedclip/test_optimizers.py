@@ -1,5 +1,7 @@
 """Server optimizers against torch's and against a slow NumPy form written from the equations."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -69,7 +71,7 @@ def slow_lamb(grads, params, lr, b1, b2, eps, decay, least=0.0, greatest=np.inf)
             v[i] = b2 * v[i] + (1 - b2) * g[i] ** 2
             u.append(m[i] / (1 - b1**t) / ((v[i] / (1 - b2**t)) ** 0.5 + eps) + decay * theta[i])
         new = list(theta)
-        for a, b in zip(starts[:-1], starts[1:], strict=True):
+        for a, b in pairwise(starts):
             size, length = sum(x * x for x in theta[a:b]) ** 0.5, sum(x * x for x in u[a:b]) ** 0.5
             ratio = size / length if size and length else 1.0
             for i in range(a, b):

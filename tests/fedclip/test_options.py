@@ -22,7 +22,7 @@ class Section(Options):
     name: str
     inner: Inner = Inner()
     either: Inner | Other = Inner()
-    parts: list[Inner] = []
+    parts: tuple[Inner, ...] = ()
 
 
 def recipe(*, hidden, rate: float, steps: int = 3, tag: str | None = None):

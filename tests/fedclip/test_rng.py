@@ -50,7 +50,12 @@ def test_torch_is_seeded_inside_and_restored_outside():
 def test_torch_is_restored_when_the_block_raises():
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    with pytest.raises(KeyError), BASE.torch_seeded("training", 7):
-        torch.rand(3)
-        raise KeyError
+
+    def draw_and_fail():
+        with BASE.torch_seeded("training", 7):
+            torch.rand(3)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        draw_and_fail()
     assert torch.equal(torch.get_rng_state(), before)

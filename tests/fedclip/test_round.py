@@ -223,6 +223,14 @@ def test_a_user_that_diverges_is_a_zero_vector_that_counts():
     assert (outcome.tally["not_finite"], outcome.tally["weight"], outcome.tally["losses"]) == (1.0, 5.0, 4.0)
 
 
+def test_a_user_that_diverges_already_sends_zeros():
+    spec, layout = spec_of(noised(), NotFinite())
+    client = Client(Site(NotFinite(), Replica(NotFinite().make_model())), spec)
+    contribution = client.train_user(3)
+    assert client.codec.decode(contribution.payload, layout).vector.tolist() == [0.0, 0.0]
+    assert (contribution.tally["not_finite"], contribution.weight) == (1.0, 1.0)
+
+
 def test_downlink_and_uplink_are_the_bytes_of_the_wire():
     outcome = everyone(Line())[1]
     # A header of 20 bytes and two float32 numbers; five users with data send, all six receive.

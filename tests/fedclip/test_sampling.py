@@ -42,7 +42,7 @@ def test_ids_are_distinct_sorted_and_in_range():
     for population, cohort in ((7, 3.0), (100_000, 2_000.0), (20_000, 9_000.0)):
         ids = Poisson(population, cohort).draw(np.random.default_rng(1))
         assert list(ids) == sorted(set(ids))
-        assert 0 <= ids[0]
+        assert ids[0] >= 0
         assert ids[-1] < population
         assert all(type(i) is int for i in ids)
 

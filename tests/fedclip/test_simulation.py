@@ -19,11 +19,11 @@ def method(cohort=10.0, epochs=3):
 
 
 def test_federated_averaging_learns_the_digits():
-    described, seen = task(), []
+    described = task()
     engine = InProcess(method(), described, "seed:1", "test")
     before = engine.evaluate()["accuracy"]
     for _ in range(16):
-        seen.append(engine.round().tally["train_loss"])
+        engine.round()
     after = engine.evaluate()
     # Ten classes: chance is 0.1. Central training of the same network reaches some 0.98.
     assert before < 0.4

@@ -85,7 +85,8 @@ def test_a_stage_in_a_file_travels_by_its_file(tmp_path):
     file.write_text(
         "from dataclasses import dataclass\nfrom fedclip.transform import Step, Transform\n"
         "@dataclass(frozen=True)\nclass Mine(Transform):\n    k: int = 1\n"
-        "    def apply(self, update, state, ctx):\n        return Step(update)\n    def bound(self, incoming, layout):\n        return incoming\n"
+        "    def apply(self, update, state, ctx):\n        return Step(update)\n"
+        "    def bound(self, incoming, layout):\n        return incoming\n"
     )
     stage = build_stage({f"{file}:Mine": {"k": 2}})
     described = describe_stage(stage)
