@@ -90,6 +90,7 @@ def prepare(experiment: Experiment) -> Prepared:
     Raises:
         ConfigError: the task, its data or the method are refused.
     """
+    from fedclip.layout import Layout
     from fedclip.tasks.build import TaskRecipe
 
     size = experiment.population.size
@@ -105,6 +106,7 @@ def prepare(experiment: Experiment) -> Prepared:
         )
     try:
         method = build_method(experiment, experiment.population.size or task.users)
+        method.bound(Layout.of(task.make_model()))
     except ConfigError:
         raise
     except ValueError as error:

@@ -9,6 +9,7 @@ import torch
 from fedclip.codec import Codec, DenseCodec
 from fedclip.layout import Layout
 from fedclip.local import LocalSGD
+from fedclip.optimizers import Optimizer
 from fedclip.release import Release
 from fedclip.sampling import Poisson
 from fedclip.transform import UNBOUNDED, Bound, Chain, State
@@ -41,7 +42,8 @@ class Method:
 
     Raises:
         ValueError: a client chain with state; under noise, a chain without a clip or with a stage after its last clip that bounds
-            nothing; weights without a limit under noise; momentum on both sides of the same tensor; an empty server chain.
+            nothing; weights without a limit under noise; momentum on both sides of the same tensor; a server chain
+            that does not end with an optimizer.
     """
 
     sampler: Poisson
@@ -55,8 +57,8 @@ class Method:
     double_momentum: bool = False
 
     def __post_init__(self) -> None:
-        if not self.server.stages:
-            raise ValueError("Expected a server chain that ends with an optimizer, got an empty one; add sgd, adam or lamb.")
+        if not self.server.stages or not isinstance(self.server.stages[-1], Optimizer):
+            raise ValueError(f"Expected a server chain that ends with an optimizer, got {self.server.name}; end it with sgd, adam or lamb.")
         if self.private:
             self._check_private()
         if _has_content(self.client.init(Layout(("probe",), ((),), ("probe",)))):

@@ -16,7 +16,7 @@ from fedclip.asr.text import BLANK
 FREQUENCY_SCALE: Final = 30.0
 """Radians a second of the fastest position wave: positions count in seconds, a frame is about 1/30 of one (CAPE)."""
 
-NEIGHBOURS: Final = 5
+NEIGHBOURS: Final = 3
 """Frames under the kernel of a further convolution of the front end."""
 
 

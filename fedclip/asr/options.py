@@ -55,7 +55,7 @@ class ModelOptions(Options):
     layer_drop: float = Field(default=0.0, ge=0.0, lt=1.0)
     kernel: int = Field(default=15, ge=1)
     convolutions: int = Field(default=0, ge=0)
-    """Further convolutions of the front end, each over 5 frames with a residual path: local context that attention need not learn."""
+    """Further convolutions of the front end, each over 3 frames with a residual path: local context that attention need not learn."""
     stride: int = Field(default=4, ge=1, le=16)
     norm: Literal["pre", "post"] = "pre"
     shift_seconds: float = Field(default=0.0, ge=0.0)

@@ -27,12 +27,8 @@ ACCENTS = (
 )
 """The accents of English, which decide how words are pronounced."""
 
-# Left out of what the library has: whispers, robots, echoes and other effects that no listener would take for a person, the
-# Klatt voices that only differ in their source, `paul`, which clips, and `fast`, which changes nothing.
-_MEN = "m1 m2 m3 m4 m5 m6 m7 m8 Alex Andy Denis Diogo Gene Hugo Lee Mario Michael Mike Reed adam benjamin boris david edward grandpa"
-_MORE_MEN = "ian john max michel miguel norbert pablo pedro quincy rob robert sandro travis victor"
-_WOMEN = "f1 f2 f3 f4 f5 Alicia Andrea Annie aunty belinda grandma linda shelby steph"
-VARIANTS = (*_MEN.split(), *_MORE_MEN.split(), *_WOMEN.split())
+# Not all that the library has: no whispers, robots, echoes and other effects that no listener would take for a person.
+VARIANTS = ("m1", "m2", "m3", "m4", "m5", "m6", "m7", "Alex", "Andy", "Lee", "f1", "f2", "f3", "f4", "f5", "Alicia", "Annie", "linda")
 """The variants, which decide the timbre. A voice is an accent and a variant: "en-us+f3"."""
 
 _OK, _FAILED, _UNUSABLE = 0, 1, 2

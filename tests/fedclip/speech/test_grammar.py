@@ -21,7 +21,7 @@ def test_sentences_have_only_letters_spaces_and_apostrophes() -> None:
 
 def test_the_vocabulary_is_exactly_what_is_said_and_of_the_documented_size() -> None:
     assert {word for sentence in sentences(4000) for word in sentence.split()} == vocabulary()
-    assert 60 <= len(vocabulary()) <= 100
+    assert 40 <= len(vocabulary()) <= 60
 
 
 def test_digit_strings_have_two_to_five_digits_and_are_every_second_sentence() -> None:
