@@ -2,12 +2,12 @@
 
 from functools import lru_cache
 
-import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from clients import messages
 from fedclip.codec import DenseCodec
+from fedclip.process import settle_process
 from fedclip.replica import Replica
 from fedclip.round import Client, Site, evaluate_units, train_blocks
 from fedclip.tasks.build import TaskRecipe
@@ -19,7 +19,7 @@ app = ClientApp()
 def resident(task: str, device: str) -> Site:
     """Return this process's task and model, built at the first message: Flower gives an app no place of its own to keep them."""
     if device == "cpu":
-        torch.set_num_threads(1)
+        settle_process()
     built = TaskRecipe.from_json(task).build()
     return Site(built, Replica(built.make_model(), device))
 

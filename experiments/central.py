@@ -17,6 +17,7 @@ from fedclip.config import CentralOptions
 from fedclip.replica import Replica
 from fedclip.rng import Streams
 from fedclip.round import Site, evaluate_units
+from fedclip.schedules import Schedule
 
 
 def train_central(prepared: Prepared, path: Path, reporter: Reporter) -> int:
@@ -57,6 +58,9 @@ def train_central(prepared: Prepared, path: Path, reporter: Reporter) -> int:
 def _round(prepared: Prepared, site: Site, optimizer: torch.optim.Optimizer, streams: Streams) -> dict[str, Any]:
     start, losses, users = time.perf_counter(), list[float](), 0
     cohort = prepared.method.sampler.draw(streams.generator("cohort"))
+    clip_norm = prepared.method.local.clip_norm
+    for group in optimizer.param_groups:
+        group["lr"] = Schedule.of(prepared.experiment.central.lr)(streams.round)
     site.replica.model.train()
     for user in cohort:
         with streams.torch_seeded("training", user, prepared.experiment.run.device):
@@ -64,7 +68,8 @@ def _round(prepared: Prepared, site: Site, optimizer: torch.optim.Optimizer, str
                 site.replica.grads.zero_()
                 loss = site.task.loss(site.replica.model, batch)
                 loss.backward()  # type: ignore[no-untyped-call]
-                torch.nn.utils.clip_grad_norm_([site.replica.flat], 1.0)
+                if clip_norm is not None:
+                    torch.nn.utils.clip_grad_norm_([site.replica.flat], clip_norm)
                 optimizer.step()
                 losses.append(float(loss.detach()))
         users += 1
@@ -80,5 +85,5 @@ def _batches(prepared: Prepared, streams: Streams, user: int) -> Iterator[Any]:
 
 
 def _optimizer(replica: Replica, options: CentralOptions) -> torch.optim.Optimizer:
-    parameters = [replica.flat]
-    return torch.optim.Adam(parameters, options.lr) if options.optimizer == "adam" else torch.optim.SGD(parameters, options.lr)
+    """Return the optimizer; its rate is set anew each round."""
+    return torch.optim.Adam([replica.flat]) if options.optimizer == "adam" else torch.optim.SGD([replica.flat])

@@ -11,7 +11,7 @@ from pydantic import ConfigDict, Discriminator, Field, Tag
 
 from fedclip.asr.options import AsrOptions
 from fedclip.options import ConfigError, Options, check_arguments, unknown, validate
-from fedclip.stages import check_stage, local_sgd
+from fedclip.stages import Rate, check_stage, local_sgd
 from fedclip.tasks.vision_options import VisionOptions
 
 
@@ -73,10 +73,13 @@ class EvaluationOptions(Options):
 
 
 class CentralOptions(Options):
-    """The central baseline of `fedclip train-central`: the same users' batches in the same order, one optimizer step each."""
+    """The central baseline of `fedclip train-central`: the same users' batches in the same order, one optimizer step each.
+
+    Gradients are clipped as `[local]` says; the rate may be a schedule by round.
+    """
 
     optimizer: Literal["adam", "sgd"] = "adam"
-    lr: Annotated[float, Field(gt=0)] = 1e-3
+    lr: Rate = 1e-3
 
 
 class RayOptions(Options):

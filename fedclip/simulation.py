@@ -6,6 +6,7 @@ import torch
 
 from fedclip.layout import Layout
 from fedclip.method import Method, ServerState
+from fedclip.process import settle_process
 from fedclip.replica import Replica
 from fedclip.round import Outcome, Site, begin, evaluate_units, finish, train_blocks
 from fedclip.tasks.base import Task
@@ -26,8 +27,7 @@ class InProcess:
     """
 
     def __init__(self, method: Method, task: Task, secret: str, run: str, device: str = "cpu") -> None:
-        # Bits depend on how torch cuts a reduction into threads; workers have one each.
-        torch.set_num_threads(1)
+        settle_process()
         self.method, self.site = method, Site(task, Replica(task.make_model(), device))
         self.state = ServerState.initial(initial_params(task), method, self.layout)
         self._secret, self._run = secret, run

@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Iterable
 from logging import INFO
 
-import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.common import log
 from flwr.serverapp import Grid
@@ -14,6 +13,7 @@ from clients import messages
 from fedclip.codec import DenseCodec
 from fedclip.layout import Layout
 from fedclip.method import Method, ServerState
+from fedclip.process import settle_process
 from fedclip.round import Collector, Outcome, Partial, Plan, WorkerError, begin, deal, finish
 from fedclip.simulation import initial_params
 from fedclip.tasks.base import Task
@@ -43,7 +43,7 @@ class Federated(Strategy):
     def __init__(
         self, method: Method, task: Task, recipe: TaskRecipe, secret: str, run: str, *, device: str = "cpu", reply: str = "sums"
     ) -> None:
-        torch.set_num_threads(1)  # as in the workers: bits depend on how torch cuts a reduction into threads
+        settle_process()
         self.method, self.task = method, task
         self.layout = Layout.of(self.task.make_model())
         self.state = ServerState.initial(initial_params(self.task), method, self.layout)

@@ -21,8 +21,9 @@ NEIGHBOURS: Final = 3
 
 
 class CtcTransformer(nn.Module):
-    """Scalar scale and bias, strided convolution with GLU, further convolutions where asked for, CAPE positions, attention blocks, LayerNorm, linear.
+    """Scalar scale and bias, strided convolution with GLU, CAPE positions, attention blocks, LayerNorm, linear.
 
+    Where asked for, further convolutions follow the first.
     With 80 mels, 30 symbols, dim 768, 36 layers, MLP 3072 and kernel 7 it has 255,800,864 parameters in 296 tensors,
     as published: a bias on the convolution and on the output, none in the blocks.
     """

@@ -1,6 +1,5 @@
 """`RayGrid` as a Flower user meets it: stock strategies, state, failures, timeouts, workers that die."""
 
-import logging
 import os
 import signal
 import subprocess

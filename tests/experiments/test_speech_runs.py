@@ -1,0 +1,123 @@
+"""Runs on speech: recordings where a folder is given by FEDCLIP_SPEECH_DIR, else a generated folder of the same layout; the embedded corpus."""
+
+import csv
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from experiments.cli import app
+from experiments.engines import open_engine
+from experiments.prepare import corpus_kind, prepare, read_experiment
+from fedclip.options import ConfigError
+from tests.speech_folder import write_spoken_digits
+
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+SMALL = ("task.model.dim=16", "task.model.convolutions=1", "task.model.mlp_dim=32", "task.features.n_mels=20", "task.cache_mb=0", "local.steps=2")
+IN_PROCESS = ("--set", "run.engine=process", "--set", "task.cache_mb=0")
+
+
+def run(*arguments: str | Path) -> tuple[int, str]:
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    return result.exit_code, result.output
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder of spoken digits."""
+    given = os.environ.get("FEDCLIP_SPEECH_DIR")
+    if given:
+        return Path(given)
+    folder = tmp_path_factory.mktemp("digits")
+    write_spoken_digits(folder, speakers=6, per_digit=20, seed=0)
+    return folder
+
+
+@pytest.fixture
+def manifest(digits: Path, tmp_path: Path) -> Path:
+    """Return a small folder with a manifest, made of some of the digits."""
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    chosen = [p for p in sorted((digits / "recordings").glob("[0-3]_*.wav")) if int(p.stem.split("_")[2]) < 8]
+    rows = [("speaker", "path", "text")]
+    for path in chosen:
+        digit, speaker, _ = path.stem.split("_")
+        shutil.copy(path, folder / path.name)
+        rows.append((speaker, path.name, ("zero", "one", "two", "three")[int(digit)]))
+    with (folder / "manifest.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(rows)
+    return folder
+
+
+def test_quickstart_runs_on_a_folder_of_ones_own_without_the_synthesiser(manifest: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    overrides = [part for key in SMALL for part in ("--set", key)]
+    status, output = run(
+        "run", EXPERIMENTS / "quickstart.toml", "--data-dir", manifest, "--out", out, "--rounds", "2", *IN_PROCESS, *overrides
+    )
+    assert status == 0, output
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["population"] == len({p.stem.split("_")[1] for p in manifest.glob("*.wav")})
+    assert summary["eval_words"] > 0
+    config = (out / "config.toml").read_text()
+    assert 'kind = "manifest"' in config
+    status, output = run("evaluate", out, "--data-dir", manifest, "--json")
+    assert status == 0, output
+    assert json.loads(output)["wer"] == summary["wer"]
+
+
+def test_an_unreadable_recording_is_one_clear_message_and_no_folder(manifest: Path, tmp_path: Path) -> None:
+    broken = next(manifest.glob("*.wav"))
+    broken.write_bytes(b"RIFF this is no sound")
+    out = tmp_path / "run"
+    status, output = run("run", EXPERIMENTS / "quickstart.toml", "--data-dir", manifest, "--out", out, *IN_PROCESS)
+    assert status == 2, output
+    assert broken.name in output
+    assert "Traceback" not in output
+    assert not out.exists()
+
+
+def test_a_folder_of_no_known_layout_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"No known layout .*manifest\.csv"):
+        corpus_kind(tmp_path)
+
+
+def test_more_speakers_than_there_are_is_refused(digits: Path, tmp_path: Path) -> None:
+    arguments = ["--data-dir", digits, "--out", tmp_path / "run", "--set", "population.size=1000"]
+    status, output = run("run", EXPERIMENTS / "digits.toml", *arguments)
+    assert (status, "population" in output, (tmp_path / "run").exists()) == (2, True, False)
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_speech_has_the_bits_of_one_process_on_ray() -> None:
+    def params(*overrides: str) -> torch.Tensor:
+        prepared = prepare(read_experiment(EXPERIMENTS / "quickstart.toml", [*SMALL, "sampler.cohort=4", *overrides]))
+        with open_engine(prepared) as engine:
+            for _ in range(2):
+                engine.round()
+            return engine.state.params
+
+    dropout = ("task.model.dropout=0.1", "task.model.layer_drop=0.2", "task.augment.enabled=true", "task.augment.frequency_width=5")
+    assert torch.equal(params("run.engine=process", *dropout), params("run.workers=2", *dropout))
+
+
+def test_digits_learn(digits: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    small = [part for key in ("evaluation.every=0", "task.model.dim=64", "task.model.mlp_dim=128") for part in ("--set", key)]
+    status, output = run("run", EXPERIMENTS / "digits.toml", "--data-dir", digits, "--out", out, "--rounds", "40", *IN_PROCESS, *small)
+    assert status == 0, output
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    # An untrained model's loss a character is over 4, one that knows only how often each letter occurs has about 2.
+    assert rows[-1]["eval_loss"] < 1.5 < 3 < rows[0]["train_loss"]
+
+
+@pytest.mark.slow
+def test_digits_reach_ten_percent_on_held_out_recordings(digits: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    status, output = run("run", EXPERIMENTS / "digits.toml", "--data-dir", digits, "--out", out)
+    assert status == 0, output
+    assert json.loads((out / "summary.json").read_text())["wer"] <= 0.10
