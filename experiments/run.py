@@ -70,7 +70,7 @@ def run_rounds(prepared: Prepared, engine: Engine, path: Path, reporter: Reporte
         while engine.state.round < rounds:
             row, outcome = _round(engine, experiment.evaluation.every, rounds)
             totals.add(outcome)
-            metrics = {k: v for k, v in row.items() if isinstance(v, float | int)}
+            metrics |= {k: v for k, v in row.items() if isinstance(v, float | int)}
             folder.record(row)
             if "eval_loss" in row:
                 folder.save_model(engine.state.params, engine.layout, engine.state.round)
@@ -147,5 +147,5 @@ def _summary(prepared: Prepared, engine: Engine, totals: Totals, last: dict[str,
     if method.private:
         summary["noise_multiplier"] = experiment.privacy.noise_multiplier
         summary["noise_to_bound"] = noise_to_bound(method, engine.layout)
-        summary["privacy"] = "seeded simulation: the noise can be drawn again, and no epsilon is claimed"
+        summary["privacy"] = "seeded simulation, with diagnostics of its cohorts in metrics.jsonl: no epsilon is claimed"
     return summary | {k: v for k, v in last.items() if k not in ("round", "attempt") and not (isinstance(v, float) and math.isnan(v))}
