@@ -4,8 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, get_args
 
+from fedclip.choices import Grouping, Mode, Split
 from fedclip.layout import Layout
-from fedclip.stages import Grouping, Mode, Split
 from fedclip.transform import Bound, Ctx, State, Step, Transform
 from fedclip.update import Update, layer_norms, norm, scale, scale_layers
 

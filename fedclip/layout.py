@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import nn
 
-from fedclip.stages import Grouping
+from fedclip.choices import Grouping
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,10 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 
+from fedclip.choices import Weighting
 from fedclip.codec import Codec, DenseCodec
 from fedclip.layout import Layout
 from fedclip.local import LocalSGD
@@ -13,8 +13,6 @@ from fedclip.optimizers import Optimizer
 from fedclip.release import Release
 from fedclip.sampling import Poisson
 from fedclip.transform import UNBOUNDED, Bound, Chain, State
-
-Weighting = Literal["uniform", "examples"]
 
 
 def user_weight(examples: int, weighting: Weighting, max_examples: int | None) -> float:

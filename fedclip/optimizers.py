@@ -8,9 +8,9 @@ from typing import ClassVar
 
 import torch
 
+from fedclip.choices import Grouping
 from fedclip.layout import Layout
 from fedclip.schedules import Schedule
-from fedclip.stages import Grouping
 from fedclip.transform import UNBOUNDED, Bound, Ctx, State, Step, Transform
 from fedclip.update import Dense, Update, layer_norms, scale_layers, to_dense
 

@@ -18,11 +18,12 @@ from typing import Any
 
 import torch
 
+from fedclip.choices import Weighting
 from fedclip.codec import Codec, WireError
 from fedclip.fold import Fold, Grid
 from fedclip.layout import Layout
 from fedclip.local import LocalSGD
-from fedclip.method import Method, ServerState, Weighting, user_weight
+from fedclip.method import Method, ServerState, user_weight
 from fedclip.replica import Replica
 from fedclip.rng import Streams
 from fedclip.stages import build_stage, describe_stage

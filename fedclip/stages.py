@@ -6,10 +6,11 @@ This module imports no PyTorch, so that a wrong name or argument is refused befo
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
+from fedclip.choices import Grouping, Mode, Split
 from fedclip.doors import load_door
 from fedclip.options import check_arguments, unknown
 from fedclip.schedules import Schedule
@@ -22,13 +23,6 @@ if TYPE_CHECKING:
     from fedclip.release import Gaussian
     from fedclip.sampling import Poisson
     from fedclip.transform import ErrorFeedback
-
-Grouping = Literal["tensor", "block"]
-"""What a layer is: each tensor, or all tensors of a numbered block."""
-Split = Literal["uniform", "dim", "weights"]
-"""How a bound is split over the layers."""
-Mode = Literal["clip", "normalize"]
-"""What per-layer clipping does with a layer under its bound: leave it, or scale it up too."""
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]

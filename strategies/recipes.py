@@ -9,17 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
+from fedclip.choices import Grouping, Mode, Split, Weighting
 from fedclip.config import Experiment, StrategyOptions
 from fedclip.options import ConfigError, check_arguments, unknown, with_defaults
 from fedclip.stages import (
     Count,
     Fraction,
-    Grouping,
-    Mode,
     NotNegative,
     Positive,
     Rate,
-    Split,
     adam,
     build_stage,
     clip_by_global_norm,
@@ -38,7 +36,6 @@ if TYPE_CHECKING:
 OTHER_SECTIONS = ("sampler", "local", "mechanism")
 """Arguments of every recipe that sections of their own describe."""
 
-Weighting = Literal["uniform", "examples"]
 Betas = tuple[Fraction, Fraction]
 
 

@@ -1,4 +1,4 @@
-"""Runs on speech: recordings where a folder is given by FEDCLIP_SPEECH_DIR, else a generated folder of the same layout; the embedded corpus."""
+"""Runs on speech: the recordings of FEDCLIP_SPEECH_DIR, else a generated folder of the same layout; and the embedded corpus."""
 
 import csv
 import json
@@ -17,7 +17,14 @@ from fedclip.options import ConfigError
 from tests.speech_folder import write_spoken_digits
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
-SMALL = ("task.model.dim=16", "task.model.convolutions=1", "task.model.mlp_dim=32", "task.features.n_mels=20", "task.cache_mb=0", "local.steps=2")
+SMALL = (
+    "task.model.dim=16",
+    "task.model.convolutions=1",
+    "task.model.mlp_dim=32",
+    "task.features.n_mels=20",
+    "task.cache_mb=0",
+    "local.steps=2",
+)
 IN_PROCESS = ("--set", "run.engine=process", "--set", "task.cache_mb=0")
 
 

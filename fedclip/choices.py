@@ -1,0 +1,15 @@
+"""The words that experiment files choose among where a number will not do. Imports nothing."""
+
+from typing import Literal
+
+Grouping = Literal["tensor", "block"]
+"""What a layer is: each tensor, or all tensors of a numbered block."""
+
+Split = Literal["uniform", "dim", "weights"]
+"""How a bound is split over the layers."""
+
+Mode = Literal["clip", "normalize"]
+"""What per-layer clipping does with a layer under its bound: leave it, or scale it up too."""
+
+Weighting = Literal["uniform", "examples"]
+"""What a user weighs in the mean: the same as all others, or its number of examples."""
