@@ -1,87 +1,88 @@
 """The central baseline: the same task, users and batches as a federated run, every batch one step of one optimizer."""
 
-import time
+import logging
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from experiments.curves import draw_curves
 from experiments.engines import secret_of
-from experiments.folder import RunFolder, read_metrics
-from experiments.live import Reporter
 from experiments.prepare import Prepared
-from experiments.run import DONE, INTERRUPTED
 from fedclip.config import CentralOptions
+from fedclip.layout import Layout
+from fedclip.method import ServerState
 from fedclip.replica import Replica
 from fedclip.rng import Streams
-from fedclip.round import Site, evaluate_units
+from fedclip.round import Outcome, Site, evaluate_units
 from fedclip.schedules import Schedule
+from fedclip.tally import Tally, add_up
+
+log = logging.getLogger(__name__)
 
 
-def train_central(prepared: Prepared, path: Path, reporter: Reporter) -> int:
-    """Train on each round's cohort in turn and leave a run folder behind, whose lines have no bytes.
+class Central:
+    """Central training as an engine: a round draws the cohort of the federated run, and takes each batch of each user as a step.
 
-    Returns:
-        The exit status: 0 done, 130 interrupted; what was done by then is kept.
+    Nothing is clipped but gradients, nothing is noised, and no bytes are sent.
     """
-    experiment, task, start = prepared.experiment, prepared.task, time.perf_counter()
-    folder = RunFolder(path, experiment)
-    site = Site(task, Replica(task.make_model(), experiment.run.device))
-    optimizer = _optimizer(site.replica, experiment.central)
-    status, row = "done", dict[str, Any]()
-    users = 0
-    try:
-        for round in range(1, experiment.run.rounds + 1):
-            row = _round(prepared, site, optimizer, Streams(secret_of(prepared), experiment.digest, round))
-            users += row["users"]
-            every = experiment.evaluation.every
-            if round == experiment.run.rounds or (every and round % every == 0):
-                counts = evaluate_units(site, site.replica.params.clone(), range(task.held_out_units))
-                row |= task.summarise([c for _, c in counts], round)
-            folder.record(row)
-            reporter.round(row, time.perf_counter() - start)
-    except KeyboardInterrupt:
-        status = "interrupted"
-    if row:
-        folder.save_model(site.replica.params, site.replica.layout, row["round"])
-        draw_curves(read_metrics(path), path / "curves.png", f"{experiment.run.name}, trained centrally")
-    totals = {"users_total": users, "failed_users_total": 0, "parameters": site.replica.layout.size}
-    last = {k: v for k, v in row.items() if k not in ("round", "attempt")}
-    summary = {"name": experiment.run.name, "status": status, "rounds": row.get("round", 0), "total_seconds": time.perf_counter() - start}
-    folder.finish(summary | totals | last)
-    reporter.end(summary | totals | last, path, [])
-    return DONE if status == "done" else INTERRUPTED
 
+    def __init__(self, prepared: Prepared) -> None:
+        self._prepared, experiment = prepared, prepared.experiment
+        self._site = Site(prepared.task, Replica(prepared.task.make_model(), experiment.run.device))
+        self._optimizer = _optimizer(self._site.replica, experiment.central)
+        self._rounds = 0
 
-def _round(prepared: Prepared, site: Site, optimizer: torch.optim.Optimizer, streams: Streams) -> dict[str, Any]:
-    start, losses, users = time.perf_counter(), list[float](), 0
-    cohort = prepared.method.sampler.draw(streams.generator("cohort"))
-    clip_norm = prepared.method.local.clip_norm
-    for group in optimizer.param_groups:
-        group["lr"] = Schedule.of(prepared.experiment.central.lr)(streams.round)
-    site.replica.model.train()
-    for user in cohort:
-        with streams.torch_seeded("training", user, prepared.experiment.run.device):
-            for batch in _batches(prepared, streams, user):
-                site.replica.grads.zero_()
-                loss = site.task.loss(site.replica.model, batch)
+    @property
+    def state(self) -> ServerState:
+        """The parameters after the last round; the optimizer's state is not in it."""
+        return ServerState(self._site.replica.params.detach().cpu().clone(), None, self._rounds)
+
+    @property
+    def layout(self) -> Layout:
+        """The layout of the model."""
+        return self._site.replica.layout
+
+    def round(self) -> Outcome:
+        """Train on one cohort, and return what was measured of it; a user whose data or training raises is left out, and counted."""
+        prepared, model = self._prepared, self._site.replica.model
+        streams = Streams(secret_of(prepared), prepared.experiment.digest, self._rounds + 1)
+        for group in self._optimizer.param_groups:
+            group["lr"] = Schedule.of(prepared.experiment.central.lr)(streams.round)
+        model.train()
+        tallies, errors = list[Tally](), list[str]()
+        for user in prepared.method.sampler.draw(streams.generator("cohort")):
+            try:
+                tallies.append(self._user(user, streams))
+            except Exception as error:  # user data and tasks may raise anything; it is counted and reported
+                log.debug("user %d failed", user, exc_info=True)
+                tallies.append({"failed_users": 1.0})
+                errors.append(f"user {user}: {type(error).__name__}: {error}")
+        self._rounds += 1
+        return Outcome(self.state, add_up(tallies), tuple(errors))
+
+    def evaluate(self) -> dict[str, float]:
+        """Return the metrics of the current model on all held-out units."""
+        task = self._prepared.task
+        counts = evaluate_units(self._site, self._site.replica.params.clone(), range(task.held_out_units))
+        return task.summarise([c for _, c in counts], 0)
+
+    def _user(self, user: int, streams: Streams) -> Tally:
+        replica, task, clip_norm = self._site.replica, self._site.task, self._prepared.method.local.clip_norm
+        losses = []
+        with streams.torch_seeded("training", user, self._prepared.experiment.run.device):
+            for batch in self._batches(user, streams):
+                replica.grads.zero_()
+                loss = task.loss(replica.model, batch)
                 loss.backward()  # type: ignore[no-untyped-call]
                 if clip_norm is not None:
-                    torch.nn.utils.clip_grad_norm_([site.replica.flat], clip_norm)
-                optimizer.step()
+                    torch.nn.utils.clip_grad_norm_([replica.flat], clip_norm)
+                self._optimizer.step()
                 losses.append(float(loss.detach()))
-        users += 1
-    seconds = time.perf_counter() - start
-    mean = sum(losses) / len(losses) if losses else None
-    rest = {"failed_users": 0, "uplink_bytes": 0, "downlink_bytes": 0, "users_per_second": users / seconds, "round_seconds": seconds}
-    return {"round": streams.round, "attempt": 0, "train_loss": mean, "users": users, **rest}
+        return {"users": 1.0, "train_loss": sum(losses) / len(losses), "losses": 1.0} if losses else {"users_without_data": 1.0}
 
-
-def _batches(prepared: Prepared, streams: Streams, user: int) -> Iterator[Any]:
-    examples = prepared.task.load_user(user, streams.generator("data", user))
-    return prepared.method.local.batches(prepared.task, examples, streams.generator("batches", user))
+    def _batches(self, user: int, streams: Streams) -> Iterator[Any]:
+        examples = self._prepared.task.load_user(user, streams.generator("data", user))
+        return self._prepared.method.local.batches(self._prepared.task, examples, streams.generator("batches", user))
 
 
 def _optimizer(replica: Replica, options: CentralOptions) -> torch.optim.Optimizer:

@@ -1,5 +1,6 @@
 """The command line. This module imports nothing heavy, so that `--help` and mistakes answer at once."""
 
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -129,7 +130,7 @@ def _refuse(message: str) -> NoReturn:
 
 
 def _toml(value: object) -> str:
-    return f"'{value}'" if isinstance(value, Path) else str(value)
+    return json.dumps(str(value)) if isinstance(value, Path) else str(value)
 
 
 def main() -> None:

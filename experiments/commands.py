@@ -1,15 +1,17 @@
 """What the commands do, once their input is checked. Imports PyTorch."""
 
-import json
+import dataclasses
 from pathlib import Path
 
-from experiments.central import train_central
+from experiments.central import Central
 from experiments.engines import open_engine
+from experiments.folder import to_json
 from experiments.live import Reporter, describe_result
 from experiments.prepare import on_folder, prepare
 from experiments.run import DONE, run_rounds
 from fedclip.config import Experiment, apply_overrides
 from fedclip.model_file import flatten, load_model
+from fedclip.release import Release
 from fedclip.replica import Replica
 from fedclip.round import Site, evaluate_units
 from strategies.recipes import resolve
@@ -29,21 +31,23 @@ def run_command(experiment: Experiment, path: Path, quiet: bool) -> int:
 def central_command(experiment: Experiment, path: Path, quiet: bool) -> int:
     """Train the central baseline and return the exit status."""
     prepared = prepare(experiment)
+    # What is recorded is a run without noise; the baseline's cohorts are those of the experiment as it stands.
+    public = dataclasses.replace(prepared, method=dataclasses.replace(prepared.method, release=Release()))
     with Reporter(experiment.run.rounds, quiet) as reporter:
-        return train_central(prepared, path, reporter)
+        return run_rounds(public, Central(prepared), path, reporter)
 
 
 def evaluate_command(model: Path, overrides: list[str], data_dir: Path | None, as_json: bool) -> int:
     """Evaluate a saved model, print the metrics, and return the exit status."""
     experiment, tensors = load_model(model / "checkpoints" / "model.safetensors" if model.is_dir() else model)
     experiment = resolve(apply_overrides(experiment, overrides))
-    prepared = prepare(on_folder(experiment, data_dir) if data_dir is not None else experiment)
+    prepared = prepare(on_folder(experiment, data_dir, all_users=True) if data_dir is not None else experiment)
     task = prepared.task
     site = Site(task, Replica(task.make_model(), experiment.run.device))
     counts = evaluate_units(site, flatten(tensors, site.replica.layout), range(task.held_out_units))
     metrics = task.summarise([c for _, c in counts], 0)
     if as_json:
-        print(json.dumps(metrics))
+        print(to_json(metrics))
     else:
         print(f"{task.held_out_units} held-out units{describe_result(metrics)}")
         for name, value in metrics.items():

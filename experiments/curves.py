@@ -13,8 +13,8 @@ BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#777777"
 """Colours that stay apart for colour-blind readers (Okabe and Ito)."""
 
 
-def draw_curves(rows: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Draw the rounds of a run: training and held-out loss on the left, error rate with its 95% interval on the right."""
+def draw_curves(rows: list[dict[str, Any]], path: Path, title: str, stamp: str = "") -> None:
+    """Draw the rounds of a run: losses on the left, the error rate with its 95% interval on the right, a stamp under the title."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     _line(left, rows, "train_loss", GREY, "training (users of the round)", marker="")
     _line(left, rows, "eval_loss", BLUE, "held-out users")
@@ -27,7 +27,7 @@ def draw_curves(rows: list[dict[str, Any]], path: Path, title: str) -> None:
         _rate(right, rows, "accuracy", "accuracy, %", BLUE)
     gigabytes = sum(r["uplink_bytes"] + r["downlink_bytes"] for r in rows) / 1e9
     users = sum(r["users"] for r in rows)
-    figure.suptitle(f"{title}: {len(rows)} rounds, {users:,} users trained, {gigabytes:.2f} GB up and down")
+    figure.suptitle(f"{title}: {len(rows)} rounds, {users:,} users trained, {gigabytes:.2f} GB up and down\n{stamp}".rstrip())
     for axes in (left, right):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 from experiments.prepare import Prepared
 from fedclip.layout import Layout
 from fedclip.method import ServerState
+from fedclip.options import ConfigError
 from fedclip.round import Outcome
 
 if TYPE_CHECKING:
@@ -80,5 +81,9 @@ def open_engine(prepared: Prepared) -> Iterator[Engine]:
 
     workers = experiment.run.workers or len(os.sched_getaffinity(0))
     resources = Resources(experiment.ray.cpus_per_worker, experiment.ray.gpus_per_worker)
-    with RayGrid("clients.app:app", nodes=workers, workers=workers, resources=resources, address=experiment.ray.address) as grid:
+    try:
+        grid = RayGrid("clients.app:app", nodes=workers, workers=workers, resources=resources, address=experiment.ray.address)
+    except (ValueError, ConnectionError) as error:
+        raise ConfigError(f"ray: {error}") from error
+    with grid:
         yield OnGrid(prepared, grid)

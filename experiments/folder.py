@@ -1,6 +1,7 @@
 """`RunFolder`: the files that a run leaves behind. Other programs read them; docs/run-folder.md says what is in them."""
 
 import json
+import math
 import os
 import platform
 import subprocess
@@ -53,7 +54,7 @@ class RunFolder:
 
     def record(self, row: dict[str, Any]) -> None:
         """Append a round to `metrics.jsonl` and to TensorBoard."""
-        self._metrics.write(json.dumps(row) + "\n")
+        self._metrics.write(to_json(row) + "\n")
         self._metrics.flush()
         for name, value in row.items():
             if name not in ("round", "attempt") and isinstance(value, int | float):
@@ -67,7 +68,18 @@ class RunFolder:
         """Write `summary.json` last of all: a folder without it holds a run that did not end in order."""
         self._metrics.close()
         self._board.close()
-        write_atomically(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+        write_atomically(self.path / "summary.json", to_json(summary, indent=2) + "\n")
+
+
+def to_json(values: dict[str, Any], indent: int | None = None) -> str:
+    """Return values as JSON that any program reads: what is not finite becomes null."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, list):
+            return [finite(v) for v in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps({name: finite(value) for name, value in values.items()}, indent=indent, allow_nan=False)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -68,6 +68,8 @@ class Reporter:
             self._console.print(f"  {error}", highlight=False, markup=False)
         result = describe_result(summary)
         self._console.print(f"{summary['status']}: {summary['rounds']} rounds in {summary['total_seconds']:.0f} s{result}", highlight=False)
+        if "privacy" in summary:
+            self._console.print(summary["privacy"], highlight=False)
         self._console.print(f"run folder: {path}", highlight=False, soft_wrap=True)
 
     def _cells(self, row: dict[str, Any], seconds: float) -> tuple[str, ...]:

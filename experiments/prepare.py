@@ -9,6 +9,7 @@ from fedclip.options import ConfigError
 from strategies.recipes import build_method, resolve
 
 if TYPE_CHECKING:
+    from fedclip.layout import Layout
     from fedclip.method import Method
     from fedclip.tasks.base import Task
     from fedclip.tasks.build import TaskRecipe
@@ -48,10 +49,11 @@ def check_free(path: Path) -> None:
         raise ConfigError(f"--out: {path} already holds a run; give another folder, or take that one away.")
 
 
-def on_folder(experiment: Experiment, folder: Path) -> Experiment:
+def on_folder(experiment: Experiment, folder: Path, *, all_users: bool = False) -> Experiment:
     """Return the experiment with its data read from a folder.
 
-    An experiment on the embedded corpus changes to the corpus whose layout the folder has, and to the speakers that are there.
+    Speech changes to the corpus whose layout the folder has, where that is another, and then to all the speakers that are there;
+    `all_users` takes all of them in any case.
 
     Raises:
         ConfigError: no such folder, or a layout that is not known.
@@ -59,9 +61,10 @@ def on_folder(experiment: Experiment, folder: Path) -> Experiment:
     if not folder.is_dir():
         raise ConfigError(f"No such data folder: {folder}; give the folder of the recordings by --data-dir.")
     values = experiment.plain()
-    values["run"]["data_dir"] = str(folder)
-    if values["task"]["name"] == "asr" and values["task"]["corpus"]["kind"] == "embedded":
-        values["task"]["corpus"] = {"kind": corpus_kind(folder)}
+    values["run"]["data_dir"] = str(folder.absolute())
+    if values["task"]["name"] == "asr" and values["task"]["corpus"]["kind"] != (kind := corpus_kind(folder)):
+        values["task"]["corpus"], all_users = {"kind": kind}, True
+    if all_users:
         values["population"] = {}
     return resolve(make_experiment(values))
 
@@ -90,11 +93,17 @@ def prepare(experiment: Experiment) -> Prepared:
     Raises:
         ConfigError: the task, its data or the method are refused.
     """
-    from fedclip.layout import Layout
+    import torch
+
+    from fedclip.process import settle_process
     from fedclip.tasks.build import TaskRecipe
 
+    settle_process()
+    if experiment.run.device.startswith("cuda") and experiment.ray.address is None and not torch.cuda.is_available():
+        raise ConfigError(f"run.device: '{experiment.run.device}' is not there (torch finds no GPU); use 'cpu'.")
     size = experiment.population.size
     task = TaskRecipe.of(experiment).build()
+    layout = _layout_of(task, experiment)
     if size is None:
         cohort = min(experiment.sampler.cohort, float(task.users))
         sampler = experiment.sampler.model_copy(update={"cohort": cohort})
@@ -106,9 +115,21 @@ def prepare(experiment: Experiment) -> Prepared:
         )
     try:
         method = build_method(experiment, experiment.population.size or task.users)
-        method.bound(Layout.of(task.make_model()))
+        method.bound(layout)
     except ConfigError:
         raise
     except ValueError as error:
         raise ConfigError(f"strategy: {error}") from error
     return Prepared(experiment, TaskRecipe.of(experiment), task, method)
+
+
+def _layout_of(task: "Task", experiment: Experiment) -> "Layout":
+    """Return the layout of a task's model: the first look at a task that may be a user's own."""
+    from fedclip.layout import Layout
+
+    try:
+        if min(int(task.users), int(task.held_out_units)) < 1:
+            raise ValueError(f"it has {task.users} users and {task.held_out_units} held-out units")
+        return Layout.of(task.make_model())
+    except Exception as error:
+        raise ConfigError(f"task.name: '{experiment.task.name}' gives no task to run: {type(error).__name__}: {error}.") from error

@@ -1,7 +1,7 @@
 """The loop of a run: rounds, evaluation, records, and an orderly end whatever happens."""
 
-import math
 import time
+import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,16 @@ from experiments.engines import Engine
 from experiments.folder import RunFolder, read_metrics
 from experiments.live import Reporter
 from experiments.prepare import Prepared
+from fedclip.config import Experiment
 from fedclip.method import noise_to_bound
-from fedclip.options import ConfigError
-from fedclip.round import Outcome, WorkerError
+from fedclip.round import Outcome
 from fedclip.tally import Tally, number
 
 DONE, CHECK_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 """Exit status of every command."""
+
+STAMP = "seeded simulation with diagnostics of its cohorts: no epsilon is claimed"
+"""What every report of a run under noise says."""
 
 MOST_FAILED = 0.05
 LEAST_FAILED = 10
@@ -30,6 +33,7 @@ class Totals:
 
     users: float = 0.0
     failed: float = 0.0
+    without_data: float = 0.0
     uplink: float = 0.0
     downlink: float = 0.0
     errors: list[str] = field(default_factory=list)
@@ -38,9 +42,15 @@ class Totals:
         """Take a round in."""
         self.users += number(outcome.tally, "users")
         self.failed += number(outcome.tally, "failed_users")
+        self.without_data += number(outcome.tally, "users_without_data")
         self.uplink += number(outcome.tally, "uplink_bytes")
         self.downlink += number(outcome.tally, "downlink_bytes")
         self.errors += outcome.errors[: max(0, 5 - len(self.errors))]
+
+    @property
+    def nobody_had_data(self) -> bool:
+        """Whether there were users, and none of them had anything to train on."""
+        return self.without_data > 0 and not self.users and not self.failed
 
     @property
     def too_many_failed(self) -> bool:
@@ -68,40 +78,48 @@ def run_rounds(prepared: Prepared, engine: Engine, path: Path, reporter: Reporte
     rounds, status, metrics = experiment.run.rounds, "done", dict[str, float]()
     try:
         while engine.state.round < rounds:
-            row, outcome = _round(engine, experiment.evaluation.every, rounds)
+            row, outcome = _round(engine)
             totals.add(outcome)
-            metrics |= {k: v for k, v in row.items() if isinstance(v, float | int)}
-            folder.record(row)
-            if "eval_loss" in row:
-                folder.save_model(engine.state.params, engine.layout, engine.state.round)
+            try:
+                if _is_due(row["round"], experiment):
+                    row |= engine.evaluate() | {"evaluated_round": row["round"]}
+                    folder.save_model(engine.state.params, engine.layout, engine.state.round)
+            finally:  # a round that is done is kept, whatever becomes of its evaluation
+                metrics |= {k: v for k, v in row.items() if isinstance(v, float | int)}
+                folder.record(row)
             reporter.round(row, time.perf_counter() - start)
             if totals.too_many_failed and not prepared.method.private:
                 status = "too many users failed"
                 break
     except KeyboardInterrupt:
         status = "interrupted"
-    except (WorkerError, ConfigError) as error:
+    except Exception as error:  # noqa: BLE001  a task, a worker or Ray may raise anything; what was done by then is kept
         status = "failed"
-        totals.errors.insert(0, str(error))
-    if totals.too_many_failed and status == "done":
+        totals.errors.insert(0, f"{type(error).__name__}: {error}")
+        (path / "traceback.txt").write_text(traceback.format_exc(), encoding="utf-8")
+    if status == "done" and totals.too_many_failed:
         status = "too many users failed"
+    if status == "done" and totals.nobody_had_data:
+        status = "failed"
+        totals.errors.insert(0, "no user had anything to train on; see examples_left_out in metrics.jsonl")
     if engine.state.round:
         folder.save_model(engine.state.params, engine.layout, engine.state.round)
-        draw_curves(read_metrics(path), path / "curves.png", experiment.run.name)
+        draw_curves(read_metrics(path), path / "curves.png", path.name, stamp=STAMP if prepared.method.private else "")
     summary = _summary(prepared, engine, totals, metrics, status, time.perf_counter() - start)
     folder.finish(summary)
     reporter.end(summary, path, totals.errors)
     return {"done": DONE, "interrupted": INTERRUPTED}.get(status, CHECK_FAILED)
 
 
-def _round(engine: Engine, every: int, rounds: int) -> tuple[dict[str, Any], Outcome]:
+def _round(engine: Engine) -> tuple[dict[str, Any], Outcome]:
     start, attempt = time.perf_counter(), engine.state.attempt
     outcome = engine.round()
-    seconds = time.perf_counter() - start
-    row = row_of(outcome.tally, outcome.state.round, attempt, seconds)
-    if outcome.state.round == rounds or (every and outcome.state.round % every == 0):
-        row |= engine.evaluate()
-    return row, outcome
+    return row_of(outcome.tally, outcome.state.round, attempt, time.perf_counter() - start), outcome
+
+
+def _is_due(round: int, experiment: Experiment) -> bool:
+    every = experiment.evaluation.every
+    return round == experiment.run.rounds or bool(every and round % every == 0)
 
 
 def row_of(tally: Tally, round: int, attempt: int, seconds: float) -> dict[str, Any]:
@@ -124,7 +142,7 @@ def row_of(tally: Tally, round: int, attempt: int, seconds: float) -> dict[str, 
             row[measured] = [v / users for v in value] if isinstance(value, list) else value / users
         elif stage == "server":
             row[measured] = value
-    for name in ("not_finite", "users_without_data"):
+    for name in ("not_finite", "users_without_data", "examples_left_out"):
         if number(tally, name):
             row[name] = int(number(tally, name))
     return row
@@ -147,5 +165,5 @@ def _summary(prepared: Prepared, engine: Engine, totals: Totals, last: dict[str,
     if method.private:
         summary["noise_multiplier"] = experiment.privacy.noise_multiplier
         summary["noise_to_bound"] = noise_to_bound(method, engine.layout)
-        summary["privacy"] = "seeded simulation, with diagnostics of its cohorts in metrics.jsonl: no epsilon is claimed"
-    return summary | {k: v for k, v in last.items() if k not in ("round", "attempt") and not (isinstance(v, float) and math.isnan(v))}
+        summary["privacy"] = STAMP
+    return summary | {k: v for k, v in last.items() if k not in ("round", "attempt")}

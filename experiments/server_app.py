@@ -4,6 +4,7 @@ Run configuration (`--run-config 'experiment="vision.toml" rounds=3 out="/tmp/ru
 `rounds` and `seed`, 0 for the file's; `data-dir`; `out`, the run folder; `set`, keys set anew, separated by `;`.
 """
 
+import json
 import time
 from pathlib import Path
 
@@ -50,6 +51,6 @@ def read_run_config(context: Context) -> Experiment:
     beside = Path(__file__).parent / config["experiment"]
     overrides = [part.strip() for part in config["set"].split(";") if part.strip()]
     overrides += [f"run.{name}={config[name]}" for name in ("rounds", "seed") if config[name] != "0"]
-    overrides += [f"run.out='{config['out']}'"] if config["out"] else []
+    overrides += [f"run.out={json.dumps(config['out'])}"] if config["out"] else []
     data_dir = Path(config["data-dir"]) if config["data-dir"] else None
     return read_experiment(beside if beside.is_file() else Path(config["experiment"]), overrides, data_dir)

@@ -19,7 +19,7 @@ class RunOptions(Options):
     """What is run, where, and on what."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")] = "run"
-    seed: int = 1
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 1
     rounds: Annotated[int, Field(ge=1)]
     out: Path | None = None
     """The run folder, which must not hold a run yet; by default `runs/NAME-DATE-TIME`."""

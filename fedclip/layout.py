@@ -111,9 +111,9 @@ class Layout:
 
 
 def _block_of(name: str) -> str:
-    """Return the path up to the last number in a tensor's name (`blocks.3.mlp.weight` -> `blocks.3`), else its module's path."""
+    """Return the path up to the first number in a tensor's name (`blocks.3.mlp.weight` -> `blocks.3`), else its module's path."""
     parts = name.split(".")
     numbered = [i for i, part in enumerate(parts) if part.isdigit()]
     if numbered:
-        return ".".join(parts[: numbered[-1] + 1])
+        return ".".join(parts[: numbered[0] + 1])
     return ".".join(parts[:-1]) or name

@@ -194,8 +194,9 @@ class Client:
     def _train(self, user: int) -> Contribution:
         task, replica, streams = self.site.task, self.site.replica, self.spec.streams
         examples = task.load_user(user, streams.generator("data", user))
+        left_out: Tally = {"examples_left_out": float(int(getattr(examples, "left_out", 0)))}
         if not len(examples):
-            return Contribution(user, None, 0.0, {"users_without_data": 1.0})
+            return Contribution(user, None, 0.0, {"users_without_data": 1.0} | left_out)
         replica.load(self.params)
         with streams.torch_seeded("training", user, str(replica.params.device)):
             loss = self.local.train(replica, task, examples, streams.generator("batches", user))
@@ -206,7 +207,7 @@ class Client:
         ctx = Ctx(self.layout, streams.generator("chain", user), streams.round, self.params, weight)
         step = self.chain.apply(update, self.chain.init(self.layout), ctx)
         payload = self.codec.encode(step.update, self.layout)
-        tally: Tally = {"users": 1.0, "uplink_bytes": float(len(payload)), "not_finite": float(not finite)}
+        tally: Tally = {"users": 1.0, "uplink_bytes": float(len(payload)), "not_finite": float(not finite), **left_out}
         if math.isfinite(loss):
             tally |= {"train_loss": loss, "losses": 1.0}
         tally |= {f"chain.{k}": list(v) if isinstance(v, tuple) else v for k, v in step.measurements.items()}

@@ -101,6 +101,10 @@ class Transform(ABC):
         """
         return None
 
+    def unbounded_stage(self) -> "Transform | None":
+        """Return what inside this stage undoes its own clip; None for a stage that holds no others."""
+        return None
+
     def has_momentum(self, ndim: int) -> bool:
         """Return whether this stage keeps a momentum for tensors of `ndim` dimensions."""
         return False
@@ -161,7 +165,8 @@ class Chain(Transform):
         clips = [i for i, s in enumerate(self.stages) if s.guard is not None]
         probe, scalar = Bound(1.0), Layout(("probe",), ((),), ("probe",))
         after = self.stages[clips[-1] + 1 :] if clips else self.stages
-        return next((s for s in after if not math.isfinite(s.bound(probe, scalar).total)), None)
+        within = self.stages[clips[-1]].unbounded_stage() if clips else None
+        return within or next((s for s in after if not math.isfinite(s.bound(probe, scalar).total)), None)
 
     def has_momentum(self, ndim: int) -> bool:
         """Return whether any stage keeps a momentum for tensors of `ndim` dimensions."""
@@ -209,6 +214,10 @@ class ErrorFeedback(Transform):
     def guard(self) -> Transform | None:
         """The guard of `inner`."""
         return self.inner.guard
+
+    def unbounded_stage(self) -> Transform | None:
+        """Return what `inner` returns."""
+        return self.inner.unbounded_stage()
 
     def has_momentum(self, ndim: int) -> bool:
         """Return whether `inner` keeps a momentum for tensors of `ndim` dimensions."""

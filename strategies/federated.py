@@ -104,7 +104,7 @@ class Federated(Strategy):
             WorkerError: a node replied with an error, or not at all.
         """
         counts = dict(pair for reply in self._checked(replies) for pair in messages.read_evaluate_reply(reply.content))
-        return MetricRecord(dict(self.task.summarise([counts[unit] for unit in sorted(counts)], server_round)))
+        return MetricRecord(dict(self.task.summarise([counts[unit] for unit in sorted(counts)], 0)))
 
     def summary(self) -> None:
         """Log what is run."""
@@ -136,7 +136,9 @@ class Federated(Strategy):
         arrived = list(replies)
         failed = [r for r in arrived if r.has_error()]
         if failed:
-            raise WorkerError(f"Node {failed[0].metadata.src_node_id} failed: {failed[0].error.reason}")
+            raise WorkerError(
+                f"Node {failed[0].metadata.src_node_id} failed: {(failed[0].error.reason or 'no reason given').strip().splitlines()[-1]}"
+            )
         if len(arrived) != self._sent:
             raise WorkerError(f"Expected {self._sent} replies, got {len(arrived)}; a node is gone or did not answer in time.")
         return arrived

@@ -119,6 +119,7 @@ def pfl4asr(
     eps: Positive = 1e-6,
     weight_decay: NotNegative = 0.0,
     trust_bounds: tuple[NotNegative, Annotated[float, Field(gt=0)]] = (0.0, float("inf")),
+    double_momentum: bool = False,
 ) -> "Method":
     """User-level private federated ASR (arXiv 2310.00098, Algorithm 1): clip each layer, one noise on the sum, LAMB on the server."""
     from fedclip.method import Method
@@ -130,6 +131,7 @@ def pfl4asr(
         client=chain(clip_per_layer(max_norm, split, mode, layers, weights)),
         release=_release(sampler, mechanism),
         server=chain(lamb(server_lr, betas, eps, weight_decay, trust_bounds)),
+        double_momentum=double_momentum,
     )
 
 

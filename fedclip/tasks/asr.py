@@ -46,6 +46,10 @@ class LeftOut:
     too_short: int = 0
     """Fewer output frames than its text needs."""
 
+    def __int__(self) -> int:
+        """Return how many they are in all."""
+        return self.over_long + self.untranscribable + self.too_short
+
 
 @dataclass(frozen=True, eq=False)
 class Examples(Sequence[Example]):

@@ -31,7 +31,10 @@ class Task(Protocol):
         """Return a new model with the initial weights of this task: bit-equal at each call."""
 
     def load_user(self, user: int, rng: np.random.Generator) -> Sequence[Any]:
-        """Return the training examples of a user. `rng` is this user's stream of this round."""
+        """Return the training examples of a user. `rng` is this user's stream of this round.
+
+        An attribute `left_out` of what is returned, where there is one, counts what could not be used.
+        """
 
     def cost(self, user: int) -> float:
         """Return the predicted work of training this user for one round, in any fixed unit, without loading its data."""

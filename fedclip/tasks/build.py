@@ -36,10 +36,15 @@ class TaskRecipe:
 
     @classmethod
     def of(cls, experiment: Experiment) -> "TaskRecipe":
-        """Return the recipe of an experiment's task. The folder of the data becomes absolute: workers run elsewhere."""
-        folder = experiment.run.data_dir
-        options = json.dumps(experiment.plain()["task"], sort_keys=True)
-        return cls(options, experiment.population.size, experiment.run.seed, str(folder.expanduser().absolute()) if folder else None)
+        """Return the recipe of an experiment's task. Paths become absolute: workers run in other folders."""
+        folder, options = experiment.run.data_dir, experiment.plain()["task"]
+        place, _, factory = options["name"].rpartition(":")
+        if place.endswith(".py"):
+            options["name"] = f"{Path(place).expanduser().absolute()}:{factory}"
+        if "cache_dir" in options:
+            options["cache_dir"] = str(Path(options["cache_dir"]).expanduser().absolute())
+        data_dir = str(folder.expanduser().absolute()) if folder else None
+        return cls(json.dumps(options, sort_keys=True), experiment.population.size, experiment.run.seed, data_dir)
 
     def to_json(self) -> str:
         """Return the recipe as text."""
