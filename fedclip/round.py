@@ -196,7 +196,7 @@ class Client:
         examples = task.load_user(user, streams.generator("data", user))
         left_out: Tally = {"examples_left_out": float(int(getattr(examples, "left_out", 0)))}
         if not len(examples):
-            return Contribution(user, None, 0.0, {"users_without_data": 1.0} | left_out)
+            return Contribution(user, None, 0.0, {"users_without_data": 1.0, **left_out})
         replica.load(self.params)
         with streams.torch_seeded("training", user, str(replica.params.device)):
             loss = self.local.train(replica, task, examples, streams.generator("batches", user))

@@ -136,9 +136,8 @@ class Federated(Strategy):
         arrived = list(replies)
         failed = [r for r in arrived if r.has_error()]
         if failed:
-            raise WorkerError(
-                f"Node {failed[0].metadata.src_node_id} failed: {(failed[0].error.reason or 'no reason given').strip().splitlines()[-1]}"
-            )
+            reason = (failed[0].error.reason or "no reason given").strip().splitlines()[-1]
+            raise WorkerError(f"Node {failed[0].metadata.src_node_id} failed: {reason}")
         if len(arrived) != self._sent:
             raise WorkerError(f"Expected {self._sent} replies, got {len(arrived)}; a node is gone or did not answer in time.")
         return arrived

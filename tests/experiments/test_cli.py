@@ -82,15 +82,28 @@ def test_evaluate_gives_what_the_run_measured(vision: Path, tmp_path: Path) -> N
     assert "95% interval" in output
 
 
-def test_train_central_takes_the_same_batches(vision: Path, tmp_path: Path) -> None:
+def test_train_central_takes_the_same_batches_as_a_run(door: Path, tmp_path: Path) -> None:
+    def batches(command: str) -> list[str]:
+        log = tmp_path / "batches.log"  # the same name for both: it is part of what names the run
+        log.unlink(missing_ok=True)
+        options = ["--set", f"task.arguments.log='{log}'", "--set", "run.engine=process", "--set", "evaluation.every=0"]
+        status, output = run(command, door, "--out", tmp_path / command, "--rounds", "2", *options)
+        assert status == 0, output
+        return log.read_text().splitlines()
+
+    federated = batches("run")
+    assert len(federated) > 10
+    assert batches("train-central") == federated
+
+
+def test_train_central_learns_and_claims_no_bytes(vision: Path, tmp_path: Path) -> None:
     out = tmp_path / "central"
     status, output = run("train-central", vision, "--out", out, "--set", "central.lr=0.01", "--rounds", "20")
     assert status == 0, output
     summary = json.loads((out / "summary.json").read_text())
     assert summary["accuracy"] > 0.8
-    federated = tmp_path / "federated"
-    assert run(*quick(vision, federated, "--rounds", "20"))[0] == 0
-    assert summary["users_total"] == json.loads((federated / "summary.json").read_text())["users_total"]
+    assert summary["uplink_bytes_total"] == summary["downlink_bytes_total"] == 0
+    assert "privacy" not in summary
 
 
 @pytest.mark.parametrize(
@@ -105,6 +118,8 @@ def test_train_central_takes_the_same_batches(vision: Path, tmp_path: Path) -> N
         (["--set", "sampler.cohort=61"], ["sampler.cohort: expected at most population.size = 60, got 61."]),
         (["--set", "local.momentum=0.9"], ["Momentum on both sides of the same tensors", "lamb"]),
         (["--set", "population.size=100000"], ["population.size: expected at most 1438 users"]),
+        (["--seed", "-1"], ["run.seed: input should be greater than or equal to 0; got -1."]),
+        (["--set", "run.device=cuda"], ["run.device: 'cuda' is not there"]),
         (["--rounds", "0"], ["run.rounds: input should be greater than or equal to 1; got 0."]),
         (["--data-dir", "/nowhere/at/all"], ["No such data folder: /nowhere/at/all"]),
         (["--set", "task.name=missing.py:make"], ["No such file", "missing.py"]),
@@ -146,8 +161,8 @@ from fedclip.tasks.vision_options import VisionOptions
 
 
 class Failing:
-    def __init__(self, task, share):
-        self.task, self.share = task, share
+    def __init__(self, task, share, log, unfit):
+        self.task, self.share, self.log, self.unfit = task, share, log, unfit
 
     def __getattr__(self, name):
         return getattr(self.task, name)
@@ -158,10 +173,29 @@ class Failing:
         return self.task.load_user(user, rng)
 
 
-def make(population, data_dir, seed, share=0.0, broken=False):
-    if broken:
+    def loss(self, model, batch):
+        if self.log:
+            with open(self.log, "a") as file:
+                print(float(batch[0].sum()), batch[1].tolist(), file=file)
+        return self.task.loss(model, batch)
+
+    def make_model(self):
+        if self.unfit == "model":
+            raise RuntimeError("no model today")
+        return self.task.make_model()
+
+    def evaluate(self, model, unit):
+        if self.unfit == "evaluate":
+            raise RuntimeError("cannot evaluate")
+        return self.task.evaluate(model, unit)
+
+
+def make(population, data_dir, seed, share=0.0, log="", unfit=""):
+    if unfit == "constructor":
         raise RuntimeError("the constructor is broken")
-    return Failing(build_vision(VisionOptions(name="vision"), population=population, seed=seed), share)
+    if unfit == "nothing":
+        return None
+    return Failing(build_vision(VisionOptions(name="vision"), population=population, seed=seed), share, log, unfit)
 """
 
 
@@ -181,11 +215,39 @@ def test_a_task_of_ones_own_runs(door: Path, tmp_path: Path) -> None:
     assert "accuracy" in output
 
 
-def test_a_task_whose_constructor_raises_is_bad_input(door: Path, tmp_path: Path) -> None:
-    status, output = run(*quick(door, tmp_path / "run", "--set", "task.arguments.broken=true"))
+@pytest.mark.usefixtures("ray_session")
+def test_a_task_of_ones_own_runs_on_ray_from_its_relative_path(door: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "bob's run"
+    status, output = run("run", door, "--out", out, "--set", "task.name=own.py:make", "--workers", "2", "--rounds", "1")
+    assert status == 0, output
+    assert (out / "summary.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("unfit", "said"),
+    [
+        ("constructor", "own.py:make' raised when it was built: RuntimeError: the constructor is broken."),
+        ("nothing", "own.py:make' gives no task to run: AttributeError"),
+        ("model", "own.py:make' gives no task to run: RuntimeError: no model today."),
+    ],
+)
+def test_a_task_that_cannot_be_built_is_bad_input(door: Path, tmp_path: Path, unfit: str, said: str) -> None:
+    status, output = run(*quick(door, tmp_path / "run", "--set", f"task.arguments.unfit={unfit}"))
     assert status == 2
-    assert "own.py:make' raised when it was built: RuntimeError: the constructor is broken." in output
+    assert said in output
+    assert "Traceback" not in output
     assert not (tmp_path / "run").exists()
+
+
+def test_an_evaluation_that_raises_ends_the_run_in_order(door: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    status, output = run(*quick(door, out, "--set", "task.arguments.unfit=evaluate"))
+    summary = json.loads((out / "summary.json").read_text())
+    assert (status, summary["status"], summary["rounds"]) == (1, "failed", 2)
+    assert "RuntimeError: cannot evaluate" in output
+    assert "cannot evaluate" in (out / "traceback.txt").read_text()
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == 2
 
 
 def test_few_failing_users_are_zeros_and_counted(door: Path, tmp_path: Path) -> None:
