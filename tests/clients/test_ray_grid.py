@@ -228,7 +228,8 @@ def test_a_closed_grid_says_so_and_gives_the_identity_back(ray_session):
 
 
 DRIVER = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs in the background with it ignored
 sys.path.insert(0, sys.argv[1])
 from flwr.app import ConfigRecord, Message, RecordDict
 from clients.ray_grid import RayGrid

@@ -279,7 +279,9 @@ def test_too_many_failing_users_never_stop_a_run_under_noise(door: Path, tmp_pat
 
 def test_ctrl_c_keeps_what_is_done(vision: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    command = [sys.executable, "-m", "experiments.cli", *quick(vision, out, "--rounds", "100000")]
+    # A shell starts what runs in the background with Ctrl-C ignored, and the tests may run there.
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from experiments.cli import main; main()"
+    command = [sys.executable, "-c", code, *quick(vision, out, "--rounds", "100000")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=Path(__file__).parents[2])
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not (out / "metrics.jsonl").exists():
