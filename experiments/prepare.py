@@ -62,23 +62,28 @@ def on_folder(experiment: Experiment, folder: Path, *, all_users: bool = False) 
         raise ConfigError(f"No such data folder: {folder}; give the folder of the recordings by --data-dir.")
     values = experiment.plain()
     values["run"]["data_dir"] = str(folder.absolute())
-    if values["task"]["name"] == "asr" and values["task"]["corpus"]["kind"] != (kind := corpus_kind(folder)):
+    if values["task"]["name"] == "asr" and values["task"]["corpus"]["kind"] != (
+        kind := corpus_kind(folder, values["task"]["corpus"]["kind"])
+    ):
         values["task"]["corpus"], all_users = {"kind": kind}, True
     if all_users:
         values["population"] = {}
     return resolve(make_experiment(values))
 
 
-def corpus_kind(folder: Path) -> str:
-    """Return the kind of corpus that a folder's layout tells.
+def corpus_kind(folder: Path, preferred: str = "") -> str:
+    """Return the kind of corpus that a folder's layout tells; the preferred one where the folder can be read as that.
 
     Raises:
         ConfigError: none of the known layouts.
     """
-    if any((folder / name).is_file() for name in ("manifest.csv", "manifest.tsv")):
-        return "manifest"
-    if (folder / "recordings").is_dir():
-        return "spoken_digits"
+    there = {
+        "manifest": any((folder / name).is_file() for name in ("manifest.csv", "manifest.tsv")),
+        "spoken_digits": (folder / "recordings").is_dir(),
+    }
+    kinds = [kind for kind, is_there in there.items() if is_there]
+    if kinds:
+        return preferred if preferred in kinds else kinds[0]
     raise ConfigError(
         f"No known layout in {folder}: expected a manifest.csv or manifest.tsv with the columns speaker, path and text, "
         "or recordings/<digit>_<speaker>_<number>.wav."
