@@ -16,6 +16,7 @@ from fedclip.rng import Streams
 from fedclip.round import Outcome, Site, evaluate_units
 from fedclip.schedules import Schedule
 from fedclip.tally import Tally, add_up
+from strategies.recipes import run_digest
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ class Central:
     def round(self) -> Outcome:
         """Train on one cohort, and return what was measured of it; a user whose data or training raises is left out, and counted."""
         prepared, model = self._prepared, self._site.replica.model
-        streams = Streams(secret_of(prepared), prepared.experiment.digest, self._rounds + 1)
+        streams = Streams(secret_of(prepared), run_digest(prepared.experiment), self._rounds + 1)
         for group in self._optimizer.param_groups:
             group["lr"] = Schedule.of(prepared.experiment.central.lr)(streams.round)
         model.train()

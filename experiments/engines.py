@@ -10,6 +10,7 @@ from fedclip.layout import Layout
 from fedclip.method import ServerState
 from fedclip.options import ConfigError
 from fedclip.round import Outcome
+from strategies.recipes import run_digest
 
 if TYPE_CHECKING:
     from flwr.serverapp import Grid
@@ -40,7 +41,7 @@ class OnGrid:
         from strategies.federated import Federated
 
         options = prepared.experiment.run
-        names = (secret_of(prepared), prepared.experiment.digest)
+        names = (secret_of(prepared), run_digest(prepared.experiment))
         self.strategy = Federated(prepared.method, prepared.task, prepared.recipe, *names, device=options.device, reply=options.reply)
         self._grid = grid
 
@@ -75,7 +76,7 @@ def open_engine(prepared: Prepared) -> Iterator[Engine]:
     if experiment.run.engine == "process":
         from fedclip.simulation import InProcess
 
-        yield InProcess(prepared.method, prepared.task, secret_of(prepared), experiment.digest, experiment.run.device)
+        yield InProcess(prepared.method, prepared.task, secret_of(prepared), run_digest(experiment), experiment.run.device)
         return
     from clients.ray_grid import RayGrid, Resources
 

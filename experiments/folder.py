@@ -18,6 +18,7 @@ from fedclip.config import Experiment
 from fedclip.layout import Layout
 from fedclip.model_file import save_model
 from fedclip.options import ConfigError
+from strategies.recipes import run_digest
 
 PACKAGES = ("fedclip", "flwr", "ray", "torch", "torchaudio", "numpy", "jiwer", "soundfile")
 
@@ -108,7 +109,7 @@ def environment(experiment: Experiment) -> dict[str, Any]:
         "platform": platform.platform(),
         "cores": os.cpu_count(),
         "seed": experiment.run.seed,
-        "run": experiment.digest,
+        "run": run_digest(experiment),
         "commit": _commit(),
     }
 

@@ -1,6 +1,5 @@
 """An experiment file: its sections, how it is read, overridden, checked and named. Imports no PyTorch."""
 
-import hashlib
 import json
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -131,16 +130,6 @@ class Experiment(Options):
         """Return the sections as plain values (strings, numbers, lists, tables), without what is None."""
         plain: dict[str, Any] = json.loads(json.dumps(self.model_dump(exclude_none=True), default=str))
         return plain
-
-    @property
-    def digest(self) -> str:
-        """Names the run: a hash of the seed and of all that changes the result, which rounds, workers, engine and paths do not."""
-        plain = self.plain()
-        plain["run"] = {"seed": self.run.seed}
-        plain["task"] = {k: v for k, v in plain["task"].items() if k not in ("cache_dir", "cache_mb")}
-        for section in ("ray", "central"):
-            plain.pop(section)
-        return hashlib.blake2b(json.dumps(plain, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:

@@ -61,6 +61,17 @@ def with_defaults(
     return _checked(function, given, where, hidden or {}).model_dump(exclude_none=True)
 
 
+def without_defaults(
+    function: Callable[..., Any], given: Mapping[str, Any], where: str, hidden: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Return the same values, checked, as plain data, without those that are the default.
+
+    Raises:
+        ConfigError: as `check_arguments`.
+    """
+    return _checked(function, given, where, hidden or {}).model_dump(exclude_defaults=True)
+
+
 def _checked(function: Callable[..., Any], given: Mapping[str, Any], where: str, hidden: Mapping[str, Any]) -> BaseModel:
     fields: dict[str, Any] = {}
     for name, parameter in inspect.signature(function).parameters.items():

@@ -4,6 +4,8 @@ Arguments other than `sampler`, `local` and `mechanism` are what `[strategy]` ma
 recipe is called, so that a wrong argument is refused at once.
 """
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -11,7 +13,7 @@ from pydantic import Field
 
 from fedclip.choices import Grouping, Mode, Split, Weighting
 from fedclip.config import Experiment, StrategyOptions
-from fedclip.options import ConfigError, check_arguments, unknown, with_defaults
+from fedclip.options import ConfigError, check_arguments, unknown, with_defaults, without_defaults
 from fedclip.stages import (
     Count,
     Fraction,
@@ -182,6 +184,25 @@ def resolve(experiment: Experiment) -> Experiment:
     arguments = with_defaults(RECIPES[method], given, "strategy", dict.fromkeys(OTHER_SECTIONS))
     local = with_defaults(local_sgd, experiment.local, "local")
     return experiment.model_copy(update={"strategy": StrategyOptions(method=method, **arguments), "local": local})
+
+
+def run_digest(experiment: Experiment) -> str:
+    """Name a run: a hash of the seed and of all that changes the parameters that come out.
+
+    Rounds, workers, engine, reply mode, paths, evaluation and the central baseline do not. A value that is the default counts as if
+    it were not said, so that an option that a later version adds leaves the name, and with it every random stream, as it was.
+    """
+    said = experiment.model_dump(exclude_defaults=True)
+    said = {section: said.get(section, {}) for section in ("task", "population", "sampler", "privacy", "codec")}
+    said["task"]["name"] = experiment.task.name
+    if "corpus" in said["task"]:
+        said["task"]["corpus"]["kind"] = experiment.task.corpus.kind  # type: ignore[union-attr]
+    said["task"] = {key: value for key, value in said["task"].items() if key not in ("cache_dir", "cache_mb")}
+    method, arguments = experiment.strategy.method, experiment.strategy.model_extra or {}
+    said["strategy"] = {method: without_defaults(RECIPES[method], arguments, "strategy", dict.fromkeys(OTHER_SECTIONS))}
+    said["local"] = without_defaults(local_sgd, experiment.local, "local")
+    said["seed"] = experiment.run.seed
+    return hashlib.blake2b(json.dumps(said, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
 
 
 def build_method(experiment: Experiment, users: int) -> "Method":

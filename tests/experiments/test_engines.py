@@ -9,6 +9,7 @@ from experiments.engines import OnGrid, open_engine
 from experiments.prepare import prepare, read_experiment
 from fedclip.round import begin, deal, finish, train_blocks
 from fedclip.simulation import InProcess
+from strategies.recipes import run_digest
 
 ROUNDS = 3
 
@@ -51,7 +52,7 @@ def test_blocks_in_any_order_and_number_of_shares_give_the_same_bits(vision: Pat
         assert isinstance(engine, InProcess)
         state = engine.state
         for shares in (1, 2, 5):
-            plan = begin(prepared.method, state, engine.layout, f"seed:{prepared.experiment.run.seed}", prepared.experiment.digest)
+            plan = begin(prepared.method, state, engine.layout, f"seed:{prepared.experiment.run.seed}", run_digest(prepared.experiment))
             dealt = [list(reversed(share)) for share in reversed(deal(plan.blocks, shares, prepared.task))]
             state = finish(prepared.method, state, engine.layout, plan, [train_blocks(engine.site, plan.spec, s) for s in dealt]).state
     assert torch.equal(state.params, reference)

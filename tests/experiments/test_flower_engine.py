@@ -17,6 +17,7 @@ import torch
 from experiments.prepare import prepare, read_experiment
 from fedclip.model_file import load_model
 from fedclip.simulation import InProcess
+from strategies.recipes import run_digest
 
 PROJECT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -72,7 +73,7 @@ def test_flwr_run_gives_the_bits_of_one_process(flower: dict[str, str], tmp_path
     assert (out / "summary.json").exists(), result.stdout + result.stderr
     assert json.loads((out / "summary.json").read_text())["status"] == "done"
     prepared = prepare(read_experiment(PROJECT / "experiments" / "vision.toml", ["run.rounds=3"]))
-    engine = InProcess(prepared.method, prepared.task, "seed:1", prepared.experiment.digest)
+    engine = InProcess(prepared.method, prepared.task, "seed:1", run_digest(prepared.experiment))
     for _ in range(3):
         engine.round()
     _, tensors = load_model(out / "checkpoints" / "model.safetensors")
