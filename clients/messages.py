@@ -70,7 +70,12 @@ def sums_reply(partial: Partial) -> RecordDict:
     """Return the content of a reply with the exact sum over users."""
     total = partial.total.cpu().numpy()
     array = Array(dtype="int64", shape=total.shape, stype=BYTES_TYPE, data=total.astype("<i8", copy=False).tobytes())
-    said = {"users": partial.users, "tallies": list(partial.tallies.items()), "errors": list(partial.errors)}
+    said = {
+        "users": partial.users,
+        "tallies": list(partial.tallies.items()),
+        "errors": list(partial.errors),
+        "clip_bits": list(partial.clip_bits),
+    }
     return RecordDict({"sum": ArrayRecord({"sum": array}), "reply": ConfigRecord({"partial": json.dumps(said)})})
 
 
@@ -78,7 +83,8 @@ def read_sums_reply(content: RecordDict) -> Partial:
     """Return the partial sum of a reply."""
     said = json.loads(_text(content.config_records["reply"], "partial"))
     total = torch.from_numpy(np.frombuffer(_payload(content.array_records["sum"], "sum"), dtype="<i8").astype(np.int64))
-    return Partial(total, said["users"], {int(block): tally for block, tally in said["tallies"]}, tuple(said["errors"]))
+    tallies = {int(block): tally for block, tally in said["tallies"]}
+    return Partial(total, said["users"], tallies, tuple(said["errors"]), tuple(said["clip_bits"]))
 
 
 def updates_reply(contributions: Iterable[tuple[int, Contribution]]) -> RecordDict:
@@ -87,7 +93,7 @@ def updates_reply(contributions: Iterable[tuple[int, Contribution]]) -> RecordDi
     for block, contribution in contributions:
         fields = asdict(contribution)
         payload = fields.pop("payload")
-        said.append({"block": block, **fields})
+        said.append({"block": block, **fields, "clip_bits": contribution.clip_bits.hex()})
         if payload is not None:
             arrays[str(contribution.user)] = _bytes_array(payload)
     return RecordDict({"updates": arrays, "reply": ConfigRecord({"contributions": json.dumps(said)})})
@@ -98,8 +104,8 @@ def read_updates_reply(content: RecordDict) -> list[tuple[int, Contribution]]:
     arrays = content.array_records["updates"]
     contributions = []
     for said in json.loads(_text(content.config_records["reply"], "contributions")):
-        block, key = said.pop("block"), str(said["user"])
-        contributions.append((block, Contribution(payload=_payload(arrays, key) if key in arrays else None, **said)))
+        block, key, bits = said.pop("block"), str(said["user"]), bytes.fromhex(said.pop("clip_bits"))
+        contributions.append((block, Contribution(payload=_payload(arrays, key) if key in arrays else None, clip_bits=bits, **said)))
     return contributions
 
 

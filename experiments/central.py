@@ -27,6 +27,8 @@ class Central:
     Nothing is clipped but gradients, nothing is noised, and no bytes are sent.
     """
 
+    account = None
+
     def __init__(self, prepared: Prepared) -> None:
         self._prepared, experiment = prepared, prepared.experiment
         self._site = Site(prepared.task, Replica(prepared.task.make_model(), experiment.run.device))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from experiments.central import Central
 from experiments.engines import open_engine
-from experiments.folder import to_json
+from experiments.folder import LEDGER, to_json
 from experiments.live import Reporter, describe_result
 from experiments.prepare import on_folder, prepare
 from experiments.run import DONE, run_rounds
@@ -24,7 +24,7 @@ def run_command(experiment: Experiment, path: Path, quiet: bool) -> int:
         reporter.say(
             f"{experiment.run.name}: {prepared.experiment.population.size:,} users, cohorts of about {prepared.experiment.sampler.cohort:g}"
         )
-        with open_engine(prepared) as engine:
+        with open_engine(prepared, path / LEDGER) as engine:
             return run_rounds(prepared, engine, path, reporter)
 
 

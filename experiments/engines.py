@@ -3,14 +3,16 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from experiments.prepare import Prepared
+from fedclip.account import Account, BudgetSpent
 from fedclip.layout import Layout
 from fedclip.method import ServerState
 from fedclip.options import ConfigError
 from fedclip.round import Outcome
-from strategies.recipes import run_digest
+from strategies.recipes import build_account, run_digest
 
 if TYPE_CHECKING:
     from flwr.serverapp import Grid
@@ -18,6 +20,10 @@ if TYPE_CHECKING:
 
 class Engine(Protocol):
     """A run's rounds, one after another."""
+
+    @property
+    def account(self) -> Account | None:
+        """What the releases are charged to; None without noise."""
 
     @property
     def state(self) -> ServerState:
@@ -35,15 +41,17 @@ class Engine(Protocol):
 
 
 class OnGrid:
-    """Rounds of the Flower strategy on a Flower grid."""
+    """Rounds of the Flower strategy on a Flower grid, charged to an account under noise."""
 
-    def __init__(self, prepared: Prepared, grid: "Grid") -> None:
+    def __init__(self, prepared: Prepared, grid: "Grid", account: Account | None = None) -> None:
         from strategies.federated import Federated
 
         options = prepared.experiment.run
         names = (secret_of(prepared), run_digest(prepared.experiment))
-        self.strategy = Federated(prepared.method, prepared.task, prepared.recipe, *names, device=options.device, reply=options.reply)
-        self._grid = grid
+        self.strategy = Federated(
+            prepared.method, prepared.task, prepared.recipe, *names, device=options.device, reply=options.reply, account=account
+        )
+        self.account, self._grid = account, grid
 
     @property
     def state(self) -> ServerState:
@@ -69,14 +77,29 @@ def secret_of(prepared: Prepared) -> str:
     return f"seed:{prepared.experiment.run.seed}"
 
 
+def account_of(prepared: Prepared, ledger: Path | None = None) -> Account | None:
+    """Return the privacy account of a run, its ledger in a file or in memory; None without noise.
+
+    Raises:
+        ConfigError: the budget does not allow even one round.
+    """
+    account = build_account(prepared.experiment, prepared.method.sampler.population, ledger)
+    if account is not None:
+        try:
+            account.check()
+        except BudgetSpent as spent:
+            raise ConfigError(f"privacy: {spent} Raise epsilon_budget, or the noise.") from spent
+    return account
+
+
 @contextmanager
-def open_engine(prepared: Prepared) -> Iterator[Engine]:
-    """Start the engine that the experiment names, and end what was started."""
-    experiment = prepared.experiment
+def open_engine(prepared: Prepared, ledger: Path | None = None) -> Iterator[Engine]:
+    """Start the engine that the experiment names, and end what was started. Releases under noise are charged to the ledger's file."""
+    experiment, account = prepared.experiment, account_of(prepared, ledger)
     if experiment.run.engine == "process":
         from fedclip.simulation import InProcess
 
-        yield InProcess(prepared.method, prepared.task, secret_of(prepared), run_digest(experiment), experiment.run.device)
+        yield InProcess(prepared.method, prepared.task, secret_of(prepared), run_digest(experiment), experiment.run.device, account)
         return
     from clients.ray_grid import RayGrid, Resources
 
@@ -87,4 +110,4 @@ def open_engine(prepared: Prepared) -> Iterator[Engine]:
     except (ValueError, ConnectionError) as error:
         raise ConfigError(f"ray: {error}") from error
     with grid:
-        yield OnGrid(prepared, grid)
+        yield OnGrid(prepared, grid, account)

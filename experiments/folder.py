@@ -20,7 +20,10 @@ from fedclip.model_file import save_model
 from fedclip.options import ConfigError
 from strategies.recipes import run_digest
 
-PACKAGES = ("fedclip", "flwr", "ray", "torch", "torchaudio", "numpy", "jiwer", "soundfile")
+LEDGER = "ledger.jsonl"
+"""The releases of a run under noise, a line each, written before the release."""
+
+PACKAGES = ("fedclip", "flwr", "ray", "torch", "torchaudio", "numpy", "dp-accounting", "jiwer", "soundfile")
 
 
 class RunFolder:

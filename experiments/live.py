@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from fedclip.accounting import Guarantee
+
 COLUMNS = ("round", "loss", "error", "up", "down", "users/s", "time left")
 SHOWN_ROUNDS = 12
 SECONDS_BETWEEN_LINES = 5.0
@@ -68,8 +70,11 @@ class Reporter:
             self._console.print(f"  {error}", highlight=False, markup=False)
         result = describe_result(summary)
         self._console.print(f"{summary['status']}: {summary['rounds']} rounds in {summary['total_seconds']:.0f} s{result}", highlight=False)
+        for key in ("measured", "extrapolated"):
+            if key in summary:
+                self._console.print(Guarantee(**summary[key]).describe(), highlight=False, soft_wrap=True)
         if "privacy" in summary:
-            self._console.print(summary["privacy"], highlight=False)
+            self._console.print(summary["privacy"], highlight=False, soft_wrap=True)
         self._console.print(f"run folder: {path}", highlight=False, soft_wrap=True)
 
     def _cells(self, row: dict[str, Any], seconds: float) -> tuple[str, ...]:

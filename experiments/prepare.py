@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from fedclip.config import Experiment, load_experiment, make_experiment
 from fedclip.options import ConfigError
-from strategies.recipes import build_method, resolve
+from strategies.recipes import build_method, calibrated, resolve
 
 if TYPE_CHECKING:
     from fedclip.layout import Layout
@@ -118,9 +118,11 @@ def prepare(experiment: Experiment) -> Prepared:
         raise ConfigError(
             f"population.size: expected at most {task.users}, the users that the data has, got {size}; leave it out to take them all."
         )
+    users = experiment.population.size or task.users
     try:
-        method = build_method(experiment, experiment.population.size or task.users)
-        method.bound(layout)
+        experiment = calibrated(experiment, users)
+        method = build_method(experiment, users)
+        method.check(layout)
     except ConfigError:
         raise
     except ValueError as error:

@@ -11,6 +11,7 @@ from experiments.engines import Engine
 from experiments.folder import RunFolder, read_metrics
 from experiments.live import Reporter
 from experiments.prepare import Prepared
+from fedclip.account import BudgetSpent
 from fedclip.config import Experiment
 from fedclip.method import noise_to_bound
 from fedclip.round import Outcome
@@ -19,7 +20,7 @@ from fedclip.tally import Tally, number
 DONE, CHECK_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 """Exit status of every command."""
 
-STAMP = "seeded simulation with diagnostics of its cohorts: no epsilon is claimed"
+STAMP = "seeded simulation: epsilon is nominal; diagnostics of its cohorts are not private"
 """What every report of a run under noise says."""
 
 MOST_FAILED = 0.05
@@ -68,7 +69,8 @@ def run_rounds(prepared: Prepared, engine: Engine, path: Path, reporter: Reporte
         reporter: shows progress.
 
     Returns:
-        The exit status: 0 done, 1 too many users or a worker failed, 130 interrupted. What was done by then is kept in each case.
+        The exit status: 0 done or the budget spent, 1 too many users or a worker failed, 130 interrupted. What was done by then is
+        kept in each case.
 
     Raises:
         ConfigError: the folder is refused.
@@ -78,7 +80,12 @@ def run_rounds(prepared: Prepared, engine: Engine, path: Path, reporter: Reporte
     rounds, status, metrics = experiment.run.rounds, "done", dict[str, float]()
     try:
         while engine.state.round < rounds:
-            row, outcome = _round(engine)
+            try:
+                row, outcome = _round(engine)
+            except BudgetSpent as spent:
+                status = "budget spent"
+                reporter.say(str(spent))
+                break
             totals.add(outcome)
             try:
                 if _is_due(row["round"], experiment):
@@ -108,13 +115,16 @@ def run_rounds(prepared: Prepared, engine: Engine, path: Path, reporter: Reporte
     summary = _summary(prepared, engine, totals, metrics, status, time.perf_counter() - start)
     folder.finish(summary)
     reporter.end(summary, path, totals.errors)
-    return {"done": DONE, "interrupted": INTERRUPTED}.get(status, CHECK_FAILED)
+    return {"done": DONE, "budget spent": DONE, "interrupted": INTERRUPTED}.get(status, CHECK_FAILED)
 
 
 def _round(engine: Engine) -> tuple[dict[str, Any], Outcome]:
     start, attempt = time.perf_counter(), engine.state.attempt
     outcome = engine.round()
-    return row_of(outcome.tally, outcome.state.round, attempt, time.perf_counter() - start), outcome
+    row = row_of(outcome.tally, outcome.state.round, attempt, time.perf_counter() - start)
+    if engine.account is not None:
+        row |= {"epsilon": engine.account.spent().epsilon, "delta": engine.account.delta}
+    return row, outcome
 
 
 def _is_due(round: int, experiment: Experiment) -> bool:
@@ -162,8 +172,11 @@ def _summary(prepared: Prepared, engine: Engine, totals: Totals, last: dict[str,
         "uplink_bytes_total": int(totals.uplink),
         "downlink_bytes_total": int(totals.downlink),
     }
-    if method.private:
-        summary["noise_multiplier"] = experiment.privacy.noise_multiplier
+    if engine.account is not None:
         summary["noise_to_bound"] = noise_to_bound(method, engine.layout)
+        summary["measured"] = engine.account.spent().plain()
+        extrapolated = engine.account.extrapolated()
+        if extrapolated is not None:
+            summary["extrapolated"] = extrapolated.plain()
         summary["privacy"] = STAMP
     return summary | {k: v for k, v in last.items() if k not in ("round", "attempt")}

@@ -12,7 +12,8 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from experiments.cli import run_folder
-from experiments.engines import OnGrid
+from experiments.engines import OnGrid, account_of
+from experiments.folder import LEDGER
 from experiments.live import Reporter
 from experiments.prepare import prepare, read_experiment
 from experiments.run import DONE, run_rounds
@@ -35,8 +36,10 @@ def main(grid: Grid, context: Context) -> None:
     prepared = prepare(experiment)
     while not list(grid.get_node_ids()):
         time.sleep(SECONDS_BETWEEN_LOOKS)
+    path = run_folder(experiment)
+    engine = OnGrid(prepared, grid, account_of(prepared, path / LEDGER))
     with Reporter(experiment.run.rounds, quiet=False) as reporter:
-        status = run_rounds(prepared, OnGrid(prepared, grid), run_folder(experiment), reporter)
+        status = run_rounds(prepared, engine, path, reporter)
     if status != DONE:
         raise RuntimeError(f"The run ended with status {status}; see summary.json in the run folder.")
 

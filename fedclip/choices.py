@@ -13,3 +13,6 @@ Mode = Literal["clip", "normalize"]
 
 Weighting = Literal["uniform", "examples"]
 """What a user weighs in the mean: the same as all others, or its number of examples."""
+
+NoiseSplit = Literal["isotropic", "bounds", "weights"]
+"""How noise is split over the layers: the same for all coordinates, in proportion to the layers' bounds, or by given numbers."""

@@ -54,7 +54,16 @@ class ClipByGlobalNorm(Transform):
         """Return the clipped update; measures `update_norm` (before) and `clipped` (0 or 1)."""
         before = norm(update)
         clipped = before > self.max_norm
-        return Step(scale(update, clip_factor(before, self.max_norm)), state, {"update_norm": before, "clipped": float(clipped)})
+        measured = {"update_norm": before, "clipped": float(clipped)}
+        return Step(scale(update, clip_factor(before, self.max_norm)), state, measured, (not clipped,))
+
+    def thresholds(self, layout: Layout) -> tuple[float, ...]:
+        """Return what adaptive clipping moves: C."""
+        return (self.max_norm,)
+
+    def with_thresholds(self, thresholds: tuple[float, ...], layout: Layout) -> "ClipByGlobalNorm":
+        """Return the clip with another C."""
+        return ClipByGlobalNorm(*thresholds)
 
     def bound(self, incoming: Bound, layout: Layout) -> Bound:
         """Return C in total, nothing for single layers."""
@@ -145,12 +154,24 @@ class ClipPerLayer(Transform):
             "layer_norm": tuple(norms),
             "layer_clipped": clipped,
         }
-        return Step(scale_layers(update, layout, factors), state, measured)
+        bits = tuple(n <= c for n, c, d in zip(norms, bounds, layout.layer_sizes, strict=True) if d)
+        return Step(scale_layers(update, layout, factors), state, measured, bits if self.mode == "clip" else ())
+
+    def thresholds(self, layout: Layout) -> tuple[float, ...]:
+        """Return what adaptive clipping moves: C_h for each layer that has elements."""
+        layout = layout.grouped(self.layers)
+        return tuple(c for c, d in zip(self.bounds(layout), layout.layer_sizes, strict=True) if d)
+
+    def with_thresholds(self, thresholds: tuple[float, ...], layout: Layout) -> "ClipPerLayer":
+        """Return the clip with another C_h for each layer that has elements, in order."""
+        given = iter(thresholds)
+        weights = tuple(next(given) if d else min(thresholds) for d in layout.grouped(self.layers).layer_sizes)
+        return ClipPerLayer(math.hypot(*thresholds), "weights", self.mode, self.layers, weights)
 
     def bound(self, incoming: Bound, layout: Layout) -> Bound:
         """Return C in total, and C_h for each layer in `clip` mode."""
         per_layer = self.bounds(layout.grouped(self.layers))
-        return Bound(math.hypot(*per_layer) or self.max_norm, per_layer if self.mode == "clip" else None)
+        return Bound(math.hypot(*per_layer) or self.max_norm, per_layer if self.mode == "clip" else None, self.layers)
 
     @property
     def guard(self) -> Transform:

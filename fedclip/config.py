@@ -4,11 +4,12 @@ import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import ConfigDict, Discriminator, Field, Tag
+from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
 
 from fedclip.asr.options import AsrOptions
+from fedclip.choices import NoiseSplit
 from fedclip.options import ConfigError, Options, check_arguments, unknown, validate
 from fedclip.stages import Rate, check_stage, local_sgd
 from fedclip.tasks.vision_options import VisionOptions
@@ -40,10 +41,26 @@ class PopulationOptions(Options):
 
 
 class SamplerOptions(Options):
-    """How a cohort is drawn: each user independently with probability cohort / population."""
+    """How a cohort is drawn.
 
-    name: Literal["poisson"] = "poisson"
+    `poisson`: each user independently with probability cohort / population; a cohort as large as the population is everybody.
+    `fixed_size`: always as many, which costs more privacy.
+    """
+
+    name: Literal["poisson", "fixed_size"] = "poisson"
     cohort: Annotated[float, Field(gt=0)]
+    max_cohort: Annotated[int, Field(ge=1)] | None = None
+    """`poisson` only: when more come, so many of them take part, drawn at random."""
+    devices_per_user: Annotated[int, Field(ge=1)] = 1
+    """`poisson` only: how many of the ids one person may hold; the guarantee is then for all of a person's ids together."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.name == "fixed_size" and self.cohort != int(self.cohort):
+            raise ValueError(f"expected a whole number for sampler.cohort with fixed_size, got {self.cohort}")
+        if self.name == "fixed_size" and (self.max_cohort is not None or self.devices_per_user > 1):
+            raise ValueError("max_cohort and devices_per_user go with the sampler poisson only")
+        return self
 
 
 class StrategyOptions(Options):
@@ -54,9 +71,35 @@ class StrategyOptions(Options):
 
 
 class PrivacyOptions(Options):
-    """Noise on the sum. Without a noise multiplier there is none."""
+    """Noise on the sum. Without a noise multiplier or a target there is none."""
 
     noise_multiplier: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """z: the noise on the sum has a standard deviation of z times the bound on a user's update."""
+    target_epsilon: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """In the place of a noise multiplier: the smallest one that keeps all rounds within this epsilon, which is also the budget."""
+    delta: Annotated[float, Field(gt=0, lt=1)] = 1e-9
+    """Delta of every epsilon; well under one over the population."""
+    epsilon_budget: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """The run ends before a round that would exceed it."""
+    noise_cohort_size: Annotated[float, Field(gt=0)] | None = None
+    """S': the noise multiplier is that of a cohort of S', and the noise on the mean is the one that such a cohort would have. The epsilon
+    of S' is stated beside that of this run, as extrapolated."""
+    noise_population: Annotated[int, Field(ge=1)] | None = None
+    """The population that the cohort of S' would be drawn from; by default that of this run."""
+    layer_noise: NoiseSplit = "isotropic"
+    """The same noise on all coordinates, or by layer: in proportion to the layers' `bounds`, or to `layer_noise_weights`."""
+    layer_noise_weights: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] = ()
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.noise_multiplier is not None and self.target_epsilon is not None:
+            raise ValueError("expected noise_multiplier or target_epsilon, got both; the one is calibrated to the other")
+        said = self.model_dump(exclude_defaults=True, exclude={"delta"})
+        if said and self.noise_multiplier is None and self.target_epsilon is None:
+            raise ValueError(f"{', '.join(said)} without noise; give noise_multiplier or target_epsilon")
+        if self.noise_population is not None and self.noise_cohort_size is None:
+            raise ValueError("noise_population goes with noise_cohort_size")
+        return self
 
 
 class CodecOptions(Options):

@@ -1,11 +1,14 @@
 """`Method`: a federated method as plain data, checked as a whole when it is made."""
 
+import dataclasses
 import math
 from dataclasses import dataclass, field
 
 import torch
 
+from fedclip.adaptive import AdaptiveClip
 from fedclip.choices import Weighting
+from fedclip.clipping import ClipByGlobalNorm, ClipPerLayer
 from fedclip.codec import Codec, DenseCodec
 from fedclip.layout import Layout
 from fedclip.local import LocalSGD
@@ -37,10 +40,12 @@ class Method:
             left the chain (FedAvg, arXiv 1602.05629); under noise it is `min(n, max_examples) / max_examples`, before the clip.
         max_examples: n_max under noise.
         double_momentum: allow momentum on both sides of one tensor.
+        adaptive: how the bounds of the last clip move; None: they stay.
 
     Raises:
         ValueError: a client chain with state; under noise, a chain without a clip or with a stage after its last clip that bounds
-            nothing; weights without a limit under noise; momentum on both sides of the same tensor; a server chain
+            nothing; weights without a limit under noise; adaptive bounds where the
+            last stage that clips is no plain clip; momentum on both sides of the same tensor; a server chain
             that does not end with an optimizer.
     """
 
@@ -53,6 +58,7 @@ class Method:
     weighting: Weighting = "uniform"
     max_examples: int | None = None
     double_momentum: bool = False
+    adaptive: AdaptiveClip | None = None
 
     def __post_init__(self) -> None:
         if not self.server.stages or not isinstance(self.server.stages[-1], Optimizer):
@@ -62,6 +68,10 @@ class Method:
         if _has_content(self.client.init(Layout(("probe",), ((),), ("probe",)))):
             raise ValueError(
                 f"{self.client.name} keeps a state for each user, which runs do not keep between rounds; use a stage without state."
+            )
+        if self.adaptive is not None and _plain_clip(self.client) is None:
+            raise ValueError(
+                f"Adaptive bounds need clip_by_global_norm, or clip_per_layer in mode clip, as the last clip; {self.client.name} has none."
             )
         both = [n for n in (1, 2) if self.server.has_momentum(n) and (self.local.momentum > 0 or self.client.has_momentum(n))]
         if both and not self.double_momentum:
@@ -79,6 +89,39 @@ class Method:
     def bound(self, layout: Layout) -> Bound:
         """Return the bound on one user's update that the guard enforces."""
         return self.client.bound(UNBOUNDED, layout)
+
+    def thresholds(self, layout: Layout) -> tuple[float, ...]:
+        """Return the bounds that a run with adaptive clipping begins with; empty where the bounds stay."""
+        clip = _plain_clip(self.client)
+        return clip.thresholds(layout) if self.adaptive is not None and clip is not None else ()
+
+    def for_round(self, thresholds: tuple[float, ...], layout: Layout) -> "Method":
+        """Return the method as it is in a round: the last clip at its bounds of that round, the mechanism with the update's part of z.
+
+        Raises:
+            ValueError: the cohort is too small for the noise on the clip bits; see `AdaptiveClip.delta_multiplier`.
+        """
+        clip = _plain_clip(self.client)
+        if self.adaptive is None or clip is None:
+            return self
+        moved = tuple(clip.with_thresholds(thresholds, layout) if s is clip else s for s in self.client.stages)
+        release, mechanism = self.release, self.release.mechanism
+        if mechanism is not None:
+            z = self.adaptive.delta_multiplier(mechanism.noise_multiplier, self.sampler.expected_cohort, len(thresholds))
+            release = dataclasses.replace(release, mechanism=dataclasses.replace(mechanism, noise_multiplier=z))
+        return dataclasses.replace(self, client=Chain(moved), release=release, adaptive=None)
+
+    def check(self, layout: Layout) -> None:
+        """Refuse what only shows on a model.
+
+        Raises:
+            ValueError: numbers that are not those of the model's layers; noise that the bounds do not carry; a cohort too small
+                for adaptive bounds.
+        """
+        now = self.for_round(self.thresholds(layout), layout)
+        bound = now.bound(layout)
+        if now.release.mechanism is not None:
+            now.release.mechanism.deviations(bound, layout)
 
     def _check_private(self) -> None:
         if self.client.guard is None:
@@ -106,17 +149,27 @@ class ServerState:
         server: state of the server chain.
         round: rounds done.
         attempt: releases that the next round already had.
+        thresholds: the bounds of the next round's last clip, where they adapt.
     """
 
     params: torch.Tensor
     server: State
     round: int = 0
     attempt: int = 0
+    thresholds: tuple[float, ...] = ()
 
     @classmethod
     def initial(cls, params: torch.Tensor, method: Method, layout: Layout) -> "ServerState":
         """Return the state before the first round."""
-        return cls(params.clone(), method.server.init(layout))
+        return cls(params.clone(), method.server.init(layout), thresholds=method.thresholds(layout))
+
+
+def _plain_clip(client: Chain) -> ClipByGlobalNorm | ClipPerLayer | None:
+    """Return the last stage that clips, where it is a plain clip whose bounds can move by themselves."""
+    last = next((s for s in reversed(client.stages) if s.guard is not None), None)
+    if isinstance(last, ClipByGlobalNorm) or (isinstance(last, ClipPerLayer) and last.mode == "clip"):
+        return last
+    return None
 
 
 def _has_content(state: State) -> bool:
@@ -124,8 +177,11 @@ def _has_content(state: State) -> bool:
 
 
 def noise_to_bound(method: Method, layout: Layout) -> float:
-    """Return the expected norm of the noise on the mean over the norm that the clip allows: `z sqrt(d) / S`."""
-    mechanism, denominator = method.release.mechanism, method.release.denominator
+    """Return the norm of the noise on the mean over the norm that the clip allows, `z sqrt(d) / S` for the isotropic one."""
+    now = method.for_round(method.thresholds(layout), layout)
+    mechanism, denominator, bound = now.release.mechanism, now.release.denominator, now.bound(layout)
     if mechanism is None or denominator == "weights":
         return 0.0
-    return mechanism.noise_multiplier * math.sqrt(layout.size) / denominator
+    sizes = layout.grouped(bound.layers).layer_sizes
+    energy = math.fsum(d * s**2 for d, s in zip(sizes, mechanism.deviations(bound, layout), strict=True))
+    return math.sqrt(energy) / (denominator * bound.total)

@@ -16,8 +16,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
+from fedclip.account import Account
 from fedclip.choices import Weighting
 from fedclip.codec import Codec, WireError
 from fedclip.fold import Fold, Grid
@@ -53,6 +55,7 @@ class RoundSpec:
         weighting: see `Method`.
         max_examples: see `Method`.
         private: whether the sum will be noised: weights then go in before the clip.
+        clip_bits: how many bits each user says of the bounds of its last clip; 0 where they do not adapt.
         grid: the fixed-point grid of the sum.
         params: the encoded model that everyone starts from.
     """
@@ -64,6 +67,7 @@ class RoundSpec:
     weighting: Weighting
     max_examples: int | None
     private: bool
+    clip_bits: int
     grid: Grid
     params: bytes
 
@@ -103,23 +107,31 @@ class Site:
 
 @dataclass(frozen=True, eq=False)
 class Contribution:
-    """What one user gives: the encoded update, its weight and what was measured. A user that failed gives no payload."""
+    """What one user gives: the encoded update, its weight, its packed clip bits and what was measured.
+
+    A user that failed gives no payload.
+    """
 
     user: int
     payload: bytes | None
     weight: float
     tally: Tally
     error: str | None = None
+    clip_bits: bytes = b""
 
 
 @dataclass(frozen=True, eq=False)
 class Partial:
-    """The exact sum over the users of some blocks: int64 grid numbers, how many users, and a tally for each block."""
+    """The exact sum over the users of some blocks: int64 grid numbers, how many users, and a tally for each block.
+
+    `clip_bits` is the sum of each bit as +1 or -1.
+    """
 
     total: torch.Tensor
     users: int
     tallies: dict[int, Tally]
     errors: tuple[str, ...] = ()
+    clip_bits: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,20 +143,28 @@ class Outcome:
     errors: tuple[str, ...]
 
 
-def begin(method: Method, state: ServerState, layout: Layout, secret: str, run: str) -> Plan:
-    """Draw the cohort of the next round and say what its clients are to do."""
+def begin(method: Method, state: ServerState, layout: Layout, secret: str, run: str, account: Account | None = None) -> Plan:
+    """Draw the cohort of the next round and say what its clients are to do.
+
+    Raises:
+        BudgetSpent: the round's release would exceed the budget of the account; no cohort was drawn.
+    """
+    if account is not None:
+        account.check()
     streams = Streams(secret, run, state.round + 1, state.attempt)
     cohort = method.sampler.draw(streams.generator("cohort"))
+    now = method.for_round(state.thresholds, layout)
     largest_weight = 1.0 if method.private or method.weighting == "uniform" else 2.0**16
     spec = RoundSpec(
         streams=streams,
         local=describe_stage(method.local),
-        client=tuple(describe_stage(s) for s in method.client.stages),
+        client=tuple(describe_stage(s) for s in now.client.stages),
         codec=describe_stage(method.codec),
         weighting=method.weighting,
         max_examples=method.max_examples,
         private=method.private,
-        grid=Grid.for_bound(method.bound(layout).total, len(cohort), largest_weight),
+        clip_bits=len(state.thresholds),
+        grid=Grid.for_bound(now.bound(layout).total, len(cohort), largest_weight),
         params=method.codec.encode(Dense(state.params), layout),
     )
     size = max(1, math.ceil(method.sampler.expected_cohort / BLOCKS_A_COHORT))
@@ -207,11 +227,12 @@ class Client:
         ctx = Ctx(self.layout, streams.generator("chain", user), streams.round, self.params, weight)
         step = self.chain.apply(update, self.chain.init(self.layout), ctx)
         payload = self.codec.encode(step.update, self.layout)
-        tally: Tally = {"users": 1.0, "uplink_bytes": float(len(payload)), "not_finite": float(not finite), **left_out}
+        bits = pack_bits(step.clip_bits) if self.spec.clip_bits else b""
+        tally: Tally = {"users": 1.0, "uplink_bytes": float(len(payload) + len(bits)), "not_finite": float(not finite), **left_out}
         if math.isfinite(loss):
             tally |= {"train_loss": loss, "losses": 1.0}
         tally |= {f"chain.{k}": list(v) if isinstance(v, tuple) else v for k, v in step.measurements.items()}
-        return Contribution(user, payload, 1.0 if self.spec.private else weight, tally)
+        return Contribution(user, payload, 1.0 if self.spec.private else weight, tally, clip_bits=bits)
 
 
 class Collector:
@@ -223,6 +244,7 @@ class Collector:
         self.guard: Transform | None = Chain(tuple(build_stage(s) for s in spec.client)).guard
         self.params = torch.empty(0)
         self.fold = Fold(layout.size, spec.grid, device)
+        self.clip_bits = np.zeros(spec.clip_bits, dtype=np.int64)
         self.tallies: dict[int, Tally] = {}
         self.errors: list[str] = []
 
@@ -233,8 +255,10 @@ class Collector:
             try:
                 # Under noise a weight that a client states would multiply what the guard has bounded: it went in before the clip.
                 weight = 1.0 if self.spec.private else contribution.weight
+                bits = unpack_bits(contribution.clip_bits, self.spec.clip_bits)
                 update, finite = self._open(contribution.payload)
                 self.fold.add(update, weight)
+                self.clip_bits += bits
                 tally = tally | {"weight": weight}
                 if not finite:
                     tally["not_finite"] = 1.0
@@ -254,7 +278,7 @@ class Collector:
 
     def partial(self) -> Partial:
         """Return the sum so far."""
-        return Partial(self.fold.total, self.fold.users, self.tallies, tuple(self.errors))
+        return Partial(self.fold.total, self.fold.users, self.tallies, tuple(self.errors), tuple(self.clip_bits.tolist()))
 
 
 def train_blocks(site: Site, spec: RoundSpec, blocks: Iterable[Block]) -> Partial:
@@ -266,27 +290,57 @@ def train_blocks(site: Site, spec: RoundSpec, blocks: Iterable[Block]) -> Partia
     return collector.partial()
 
 
-def finish(method: Method, state: ServerState, layout: Layout, plan: Plan, partials: Iterable[Partial]) -> Outcome:
-    """Add the sums, release the mean, take the server step.
+def pack_bits(bits: Sequence[bool]) -> bytes:
+    """Return clip bits as they travel, eight a byte."""
+    return np.packbits(np.asarray(bits, dtype=bool)).tobytes()
+
+
+def unpack_bits(packed: bytes, count: int) -> np.ndarray:
+    """Return `count` packed bits as +1 and -1, int64, shape (count,).
+
+    Raises:
+        WireError: they are not so many.
+    """
+    if len(packed) != -(-count // 8):
+        raise WireError(f"Expected {count} clip bits in {-(-count // 8)} bytes, got {len(packed)} bytes.")
+    return 2 * np.unpackbits(np.frombuffer(packed, dtype=np.uint8), count=count).astype(np.int64) - 1
+
+
+def finish(
+    method: Method, state: ServerState, layout: Layout, plan: Plan, partials: Iterable[Partial], account: Account | None = None
+) -> Outcome:
+    """Add the sums, charge the account, release the mean, take the server step.
+
+    Under noise the account is charged before the noise is drawn: a release that is not in the ledger is never made.
 
     Raises:
         FoldOverflow: more users than the grid has room for.
     """
     fold, tallies, errors = Fold(layout.size, plan.spec.grid), dict[int, Tally](), list[str]()
+    bits = np.zeros(plan.spec.clip_bits, dtype=np.int64)
     for part in partials:
         fold.merge(part.total, part.users)
+        bits += np.asarray(part.clip_bits, dtype=np.int64)
         tallies |= part.tallies
         errors += part.errors
     tally = add_up(tallies[n] for n in sorted(tallies))
-    streams = plan.spec.streams
-    mean = method.release.apply(fold.result().numpy(), number(tally, "weight"), method.bound(layout), streams.generator("noise"))
+    streams, now = plan.spec.streams, method.for_round(state.thresholds, layout)
+    bound, noise = now.bound(layout), streams.generator("noise")
+    if account is not None and method.release.mechanism is not None:
+        account.charge(streams.run, streams.round, streams.attempt, method.release.mechanism.noise_multiplier, bound.total)
+    mean = now.release.apply(fold.result().numpy(), number(tally, "weight"), bound, layout, noise)
     ctx = Ctx(layout, streams.generator("server"), streams.round, state.params)
     step = method.server.apply(Dense(torch.from_numpy(mean).float()), state.server, ctx)
     params = state.params - to_dense(step.update, layout)
     taken = number(tally, "users") + number(tally, "failed_users") + number(tally, "users_without_data")
     tally["downlink_bytes"] = taken * len(plan.spec.params)
     tally |= {f"server.{k}": list(v) if isinstance(v, tuple) else v for k, v in step.measurements.items()}
-    return Outcome(ServerState(params, step.state, state.round + 1), tally, tuple(errors))
+    thresholds = state.thresholds
+    if method.adaptive is not None:
+        tally |= {"server.max_norm": bound.total} | ({"server.layer_max_norm": list(thresholds)} if len(thresholds) > 1 else {})
+        cohort = method.sampler.expected_cohort if method.private else None
+        thresholds = method.adaptive.step(thresholds, method.adaptive.fractions(bits, fold.users, cohort, noise))
+    return Outcome(ServerState(params, step.state, state.round + 1, thresholds=thresholds), tally, tuple(errors))
 
 
 def evaluate_units(site: Site, params: torch.Tensor, units: Iterable[int]) -> list[tuple[int, Counts]]:

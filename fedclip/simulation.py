@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 
+from fedclip.account import Account
 from fedclip.layout import Layout
 from fedclip.method import Method, ServerState
 from fedclip.process import settle_process
@@ -21,16 +22,17 @@ class InProcess:
         secret: the master secret of the random streams.
         run: the name of the run in the random streams.
         device: where to train.
+        account: what the releases are charged to; None keeps no account.
 
     Attributes:
         state: the state after the last round.
     """
 
-    def __init__(self, method: Method, task: Task, secret: str, run: str, device: str = "cpu") -> None:
+    def __init__(self, method: Method, task: Task, secret: str, run: str, device: str = "cpu", account: Account | None = None) -> None:
         settle_process()
         self.method, self.site = method, Site(task, Replica(task.make_model(), device))
         self.state = ServerState.initial(initial_params(task), method, self.layout)
-        self._secret, self._run = secret, run
+        self._secret, self._run, self.account = secret, run, account
 
     @property
     def layout(self) -> Layout:
@@ -39,8 +41,8 @@ class InProcess:
 
     def round(self) -> Outcome:
         """Do one more round and return what it made."""
-        plan = begin(self.method, self.state, self.layout, self._secret, self._run)
-        outcome = finish(self.method, self.state, self.layout, plan, [train_blocks(self.site, plan.spec, plan.blocks)])
+        plan = begin(self.method, self.state, self.layout, self._secret, self._run, self.account)
+        outcome = finish(self.method, self.state, self.layout, plan, [train_blocks(self.site, plan.spec, plan.blocks)], self.account)
         self.state = outcome.state
         return outcome
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
-from fedclip.choices import Grouping, Mode, Split
+from fedclip.choices import Grouping, Mode, NoiseSplit, Split
 from fedclip.doors import load_door
 from fedclip.options import check_arguments, unknown
 from fedclip.schedules import Schedule
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from fedclip.local import LocalSGD
     from fedclip.optimizers import LAMB, SGD, Adam
     from fedclip.release import Gaussian
-    from fedclip.sampling import Poisson
+    from fedclip.sampling import FixedSize, Poisson
     from fedclip.transform import ErrorFeedback
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -82,11 +82,18 @@ def lamb(
     return LAMB(Schedule.of(lr), betas, eps, weight_decay, trust_bounds, layers)
 
 
-def poisson(population: Count, cohort: Positive) -> "Poisson":
+def poisson(population: Count, cohort: Positive, max_cohort: Count | None = None, devices_per_user: Count = 1) -> "Poisson":
     """Take each of `population` users independently with probability `cohort / population`."""
     from fedclip.sampling import Poisson
 
-    return Poisson(population, cohort)
+    return Poisson(population, cohort, max_cohort, devices_per_user)
+
+
+def fixed_size(population: Count, cohort: Count) -> "FixedSize":
+    """Take `cohort` distinct users of `population`, all such cohorts equally likely."""
+    from fedclip.sampling import FixedSize
+
+    return FixedSize(population, cohort)
 
 
 def local_sgd(
@@ -103,11 +110,11 @@ def local_sgd(
     return LocalSGD(lr, steps, epochs, batch_size, clip_norm, momentum)
 
 
-def gaussian(noise_multiplier: Positive) -> "Gaussian":
+def gaussian(noise_multiplier: Positive, split: NoiseSplit = "isotropic", weights: tuple[Positive, ...] = ()) -> "Gaussian":
     """Add Gaussian noise to the sum, with a standard deviation of `noise_multiplier` times the bound of the chain."""
     from fedclip.release import Gaussian
 
-    return Gaussian(noise_multiplier)
+    return Gaussian(noise_multiplier, split, weights)
 
 
 def dense() -> "DenseCodec":
@@ -118,7 +125,8 @@ def dense() -> "DenseCodec":
 
 
 STAGES: Mapping[str, Callable[..., Any]] = {
-    f.__name__: f for f in (clip_by_global_norm, clip_per_layer, with_error_feedback, sgd, adam, lamb, poisson, local_sgd, gaussian, dense)
+    f.__name__: f
+    for f in (clip_by_global_norm, clip_per_layer, with_error_feedback, sgd, adam, lamb, poisson, fixed_size, local_sgd, gaussian, dense)
 }
 """Every stage that ships, by name."""
 

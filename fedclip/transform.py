@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
+from fedclip.choices import Grouping
 from fedclip.layout import Layout
 from fedclip.update import Dense, Update, add, subtract
 
@@ -26,10 +27,12 @@ class Bound:
     Attributes:
         total: bound on the norm of the whole vector; infinite when nothing bounds it.
         per_layer: bounds on the norms of the layers, where each is bounded by itself; None otherwise.
+        layers: what those layers are.
     """
 
     total: float
     per_layer: tuple[float, ...] | None = None
+    layers: Grouping = "tensor"
 
 
 UNBOUNDED = Bound(math.inf)
@@ -56,11 +59,12 @@ class Ctx:
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """What a stage gives back: the new update, its new state and what it measured."""
+    """What a stage gives back: the new update, its new state, what it measured, and of a clip whether the norm was within each bound."""
 
     update: Update
     state: State = None
     measurements: Measurements = field(default_factory=dict)
+    clip_bits: tuple[bool, ...] = ()
 
 
 class Transform(ABC):
@@ -138,14 +142,15 @@ class Chain(Transform):
         return tuple(s.init(layout) for s in self.stages)
 
     def apply(self, update: Update, state: State, ctx: Ctx) -> Step:
-        """Apply each stage to what the one before let out; measurements of one name keep the last."""
-        states, measured = [], dict[str, float | tuple[float, ...]]()
+        """Apply each stage to what the one before let out; measurements of one name, and clip bits, keep the last."""
+        states, measured, bits = [], dict[str, float | tuple[float, ...]](), tuple[bool, ...]()
         for stage, before in zip(self.stages, state, strict=True):
             step = stage.apply(update, before, ctx)
             update = step.update
             states.append(step.state)
             measured.update(step.measurements)
-        return Step(update, tuple(states), measured)
+            bits = step.clip_bits or bits
+        return Step(update, tuple(states), measured, bits)
 
     def bound(self, incoming: Bound, layout: Layout) -> Bound:
         """Return what the guard enforces; `UNBOUNDED` where a stage after the last clip can enlarge the update without limit."""
@@ -204,7 +209,7 @@ class ErrorFeedback(Transform):
         whole = add(update, Dense(residual), ctx.layout)
         step = self.inner.apply(whole, before, ctx)
         left = subtract(whole, step.update, ctx.layout).vector
-        return Step(step.update, (left, step.state), step.measurements)
+        return Step(step.update, (left, step.state), step.measurements, step.clip_bits)
 
     def bound(self, incoming: Bound, layout: Layout) -> Bound:
         """Return the bound of `inner` alone."""

@@ -10,6 +10,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from clients import messages
+from fedclip.account import Account
 from fedclip.codec import DenseCodec
 from fedclip.layout import Layout
 from fedclip.method import Method, ServerState
@@ -34,6 +35,7 @@ class Federated(Strategy):
         run: the name of the run in the random streams; never Flower's run id, which changes at a restart.
         device: where nodes train.
         reply: `"sums"` or `"updates"`.
+        account: what the releases are charged to; None keeps no account.
 
     Attributes:
         state: the state after the last round.
@@ -41,7 +43,16 @@ class Federated(Strategy):
     """
 
     def __init__(
-        self, method: Method, task: Task, recipe: TaskRecipe, secret: str, run: str, *, device: str = "cpu", reply: str = "sums"
+        self,
+        method: Method,
+        task: Task,
+        recipe: TaskRecipe,
+        secret: str,
+        run: str,
+        *,
+        device: str = "cpu",
+        reply: str = "sums",
+        account: Account | None = None,
     ) -> None:
         settle_process()
         self.method, self.task = method, task
@@ -49,6 +60,7 @@ class Federated(Strategy):
         self.state = ServerState.initial(initial_params(self.task), method, self.layout)
         self.outcome: Outcome | None = None
         self._recipe, self._secret, self._run, self._device, self._reply = recipe.to_json(), secret, run, device, reply
+        self.account = account
         self._plan: Plan | None = None
         self._sent = 0
 
@@ -68,7 +80,7 @@ class Federated(Strategy):
             )
         params = DenseCodec().decode(messages.model_bytes(arrays), self.layout).vector
         self.state = dataclasses.replace(self.state, params=params)
-        self._plan = begin(self.method, self.state, self.layout, self._secret, self._run)
+        self._plan = begin(self.method, self.state, self.layout, self._secret, self._run, self.account)
         nodes, spec = list(grid.get_node_ids()), self._plan.spec
         shares = deal(self._plan.blocks, len(nodes), self.task)
         model = messages.model_record(spec.params)
@@ -83,7 +95,8 @@ class Federated(Strategy):
         """
         if self._plan is None:
             raise RuntimeError("Expected configure_train before aggregate_train.")
-        self.outcome = finish(self.method, self.state, self.layout, self._plan, self._partials(self._checked(replies), self._plan))
+        partials = self._partials(self._checked(replies), self._plan)
+        self.outcome = finish(self.method, self.state, self.layout, self._plan, partials, self.account)
         self.state, self._plan = self.outcome.state, None
         losses = self.outcome.tally.get("losses", 0.0)
         loss = self.outcome.tally.get("train_loss", 0.0)

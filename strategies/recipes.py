@@ -7,10 +7,12 @@ recipe is called, so that a wrong argument is refused at once.
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
+from fedclip.adaptive import AdaptiveClip
 from fedclip.choices import Grouping, Mode, Split, Weighting
 from fedclip.config import Experiment, StrategyOptions
 from fedclip.options import ConfigError, check_arguments, unknown, with_defaults, without_defaults
@@ -24,6 +26,7 @@ from fedclip.stages import (
     build_stage,
     clip_by_global_norm,
     clip_per_layer,
+    fixed_size,
     gaussian,
     lamb,
     local_sgd,
@@ -32,8 +35,10 @@ from fedclip.stages import (
 )
 
 if TYPE_CHECKING:
+    from fedclip.account import Account
     from fedclip.method import Method
     from fedclip.release import Release
+    from fedclip.sampling import Sampler
 
 OTHER_SECTIONS = ("sampler", "local", "mechanism")
 """Arguments of every recipe that sections of their own describe."""
@@ -52,6 +57,7 @@ def fedavg(
     weighting: Weighting | None = None,
     max_examples: Count | None = None,
     double_momentum: bool = False,
+    adaptive: AdaptiveClip | None = None,
 ) -> "Method":
     """Federated averaging (arXiv 1602.05629), with server momentum FedAvgM (1909.06335), with clip and noise DP-FedAvg (1710.06963).
 
@@ -69,6 +75,7 @@ def fedavg(
         weighting=weighting or ("uniform" if mechanism else "examples"),
         max_examples=max_examples,
         double_momentum=double_momentum,
+        adaptive=adaptive,
     )
 
 
@@ -83,6 +90,7 @@ def fedopt(
     eps: Positive = 1e-3,
     max_norm: Positive | None = None,
     double_momentum: bool = False,
+    adaptive: AdaptiveClip | None = None,
 ) -> "Method":
     """Adaptive federated optimization (arXiv 2003.00295): the mean update is a gradient for a server optimizer.
 
@@ -103,6 +111,7 @@ def fedopt(
         release=_release(sampler, mechanism),
         server=chain(optimizers[optimizer]()),
         double_momentum=double_momentum,
+        adaptive=adaptive,
     )
 
 
@@ -122,6 +131,7 @@ def pfl4asr(
     weight_decay: NotNegative = 0.0,
     trust_bounds: tuple[NotNegative, Annotated[float, Field(gt=0)]] = (0.0, float("inf")),
     double_momentum: bool = False,
+    adaptive: AdaptiveClip | None = None,
 ) -> "Method":
     """User-level private federated ASR (arXiv 2310.00098, Algorithm 1): clip each layer, one noise on the sum, LAMB on the server."""
     from fedclip.method import Method
@@ -134,6 +144,7 @@ def pfl4asr(
         release=_release(sampler, mechanism),
         server=chain(lamb(server_lr, betas, eps, weight_decay, trust_bounds)),
         double_momentum=double_momentum,
+        adaptive=adaptive,
     )
 
 
@@ -147,6 +158,7 @@ def stages(
     weighting: Weighting = "uniform",
     max_examples: Count | None = None,
     double_momentum: bool = False,
+    adaptive: AdaptiveClip | None = None,
 ) -> "Method":
     """Any method, its stages listed: what `[strategy]` means without `method`."""
     from fedclip.method import Method
@@ -161,6 +173,7 @@ def stages(
         weighting=weighting,
         max_examples=max_examples,
         double_momentum=double_momentum,
+        adaptive=adaptive,
     )
 
 
@@ -194,6 +207,12 @@ def run_digest(experiment: Experiment) -> str:
     """
     said = experiment.model_dump(exclude_defaults=True)
     said = {section: said.get(section, {}) for section in ("task", "population", "sampler", "privacy", "codec")}
+    said["privacy"] = (
+        said["privacy"]
+        if noise_multiplier(experiment) is None
+        else {"noise_multiplier": noise_multiplier(experiment)}
+        | {key: value for key, value in said["privacy"].items() if key.startswith("layer_noise")}
+    )
     said["task"]["name"] = experiment.task.name
     if "corpus" in said["task"]:
         said["task"]["corpus"]["kind"] = experiment.task.corpus.kind  # type: ignore[union-attr]
@@ -217,17 +236,77 @@ def build_method(experiment: Experiment, users: int) -> "Method":
         ValueError: the method as a whole is refused; see `Method`.
     """
     experiment = resolve(experiment)
-    z, cohort = experiment.privacy.noise_multiplier, experiment.sampler.cohort
-    if cohort > users:
-        raise ConfigError(f"sampler.cohort: expected at most {users}, the users there are, got {cohort:g}.")
+    z, privacy = noise_multiplier(experiment), experiment.privacy
     return RECIPES[experiment.strategy.method](
-        sampler=poisson(users, cohort),
+        sampler=build_sampler(experiment, users),
         local=local_sgd(**experiment.local),
-        mechanism=gaussian(z) if z is not None else None,
+        mechanism=gaussian(z, privacy.layer_noise, privacy.layer_noise_weights) if z is not None else None,
         **check_arguments(
             RECIPES[experiment.strategy.method], experiment.strategy.model_extra or {}, "strategy", dict.fromkeys(OTHER_SECTIONS)
         ),
     )
+
+
+def noise_multiplier(experiment: Experiment) -> float | None:
+    """Return the noise multiplier of the sum that is really formed; None without noise, or where it is yet to be calibrated.
+
+    With `noise_cohort_size` S' the file's z is that of a cohort of S': the noise on the mean is `z C / S'`, so that the noise on this
+    run's sum over S users has the multiplier `z S / S'`.
+    """
+    z, larger = experiment.privacy.noise_multiplier, experiment.privacy.noise_cohort_size
+    return z if z is None or larger is None else z * experiment.sampler.cohort / larger
+
+
+def build_sampler(experiment: Experiment, users: int) -> "Sampler":
+    """Return the sampler of an experiment over that many users.
+
+    Raises:
+        ConfigError: a cohort larger than the population, or one that is not a whole number where its size is fixed.
+    """
+    options = experiment.sampler
+    if options.cohort > users:
+        raise ConfigError(f"sampler.cohort: expected at most {users}, the users there are, got {options.cohort:g}.")
+    if options.name == "poisson":
+        return poisson(users, options.cohort, options.max_cohort, options.devices_per_user)
+    return fixed_size(users, int(options.cohort))
+
+
+def build_account(experiment: Experiment, users: int, path: Path | None = None) -> "Account | None":
+    """Return the account of a run under noise, its ledger at `path`; None for a run without noise."""
+    z, privacy = noise_multiplier(experiment), experiment.privacy
+    if z is None:
+        return None
+    from fedclip.account import Account
+
+    larger = None
+    if privacy.noise_cohort_size is not None and privacy.noise_multiplier is not None:
+        larger = larger_sampler(experiment, users), privacy.noise_multiplier
+    return Account(build_sampler(experiment, users), z, privacy.delta, privacy.epsilon_budget, path, larger)
+
+
+def larger_sampler(experiment: Experiment, users: int) -> "Sampler":
+    """Return the sampler of the larger cohort that the noise is meant for, out of `noise_population`, else of the same population."""
+    privacy = experiment.privacy
+    larger = experiment.sampler.model_copy(update={"cohort": privacy.noise_cohort_size, "max_cohort": None})
+    return build_sampler(experiment.model_copy(update={"sampler": larger}), privacy.noise_population or users)
+
+
+def calibrated(experiment: Experiment, users: int) -> Experiment:
+    """Return the experiment with the noise multiplier that its target epsilon takes over its rounds, and the target as its budget.
+
+    With `noise_cohort_size` the target is that of the larger cohort, and this run, which costs more, has no budget from it.
+    """
+    privacy = experiment.privacy
+    if privacy.target_epsilon is None:
+        return experiment
+    from fedclip.accounting import calibrate_noise
+
+    larger = privacy.noise_cohort_size is not None
+    sampler = larger_sampler(experiment, users) if larger else build_sampler(experiment, users)
+    z = calibrate_noise(sampler, privacy.target_epsilon, experiment.run.rounds, privacy.delta)
+    budget = privacy.epsilon_budget if larger else privacy.epsilon_budget or privacy.target_epsilon
+    options = privacy.model_copy(update={"noise_multiplier": z, "target_epsilon": None, "epsilon_budget": budget})
+    return experiment.model_copy(update={"privacy": options})
 
 
 def _release(sampler: Any, mechanism: Any) -> "Release":

@@ -20,6 +20,7 @@ SPEC = RoundSpec(
     "examples",
     7,
     True,
+    3,
     Grid(45, 0.1, 2**20),
     bytes(range(256)),
 )
@@ -45,16 +46,16 @@ def test_a_training_request(blocks):
 
 def test_a_reply_of_sums():
     total = torch.tensor([0, 1, -1, 2**62, -(2**62) + 1])
-    partial = Partial(total, 3, {4: {"users": 3.0, "h": [0.1, 1 / 3]}, 0: {"failed_users": 1.0}}, ("user 9: é",))
+    partial = Partial(total, 3, {4: {"users": 3.0, "h": [0.1, 1 / 3]}, 0: {"failed_users": 1.0}}, ("user 9: é",), (3, -1))
     read = messages.read_sums_reply(carried(messages.sums_reply(partial)))
     assert torch.equal(read.total, total)
-    assert (read.users, read.tallies, read.errors) == (3, partial.tallies, partial.errors)
+    assert (read.users, read.tallies, read.errors, read.clip_bits) == (3, partial.tallies, partial.errors, (3, -1))
     read.total.add_(1)  # it belongs to the reader
 
 
 def test_a_reply_of_updates():
     said = [
-        (2, Contribution(7, b"\x00\xff" * 9, 0.1 + 0.2, {"users": 1.0, "h": [1 / 3]})),
+        (2, Contribution(7, b"\x00\xff" * 9, 0.1 + 0.2, {"users": 1.0, "h": [1 / 3]}, clip_bits=b"\x80\xff")),
         (2, Contribution(8, None, 0.0, {"failed_users": 1.0}, "user 8: OSError: gone")),
         (5, Contribution(123_456_789, b"", 1.0, {})),
     ]

@@ -307,6 +307,7 @@ def test_the_digest_covers_all_that_is_shared():
         {"weighting": "examples"},
         {"max_examples": 3},
         {"private": False},
+        {"clip_bits": 1},
         {"grid": dataclasses.replace(grid, exponent=1)},
         {"params": spec.params + b"\x00"},
     ]

@@ -13,7 +13,7 @@ from fedclip.local import LocalSGD
 from fedclip.optimizers import LAMB, SGD, Adam
 from fedclip.options import ConfigError
 from fedclip.release import Gaussian
-from fedclip.sampling import Poisson
+from fedclip.sampling import FixedSize, Poisson
 from fedclip.schedules import Schedule
 from fedclip.stages import STAGES, build_stage, check_stage, describe_stage
 from fedclip.transform import with_error_feedback
@@ -27,6 +27,7 @@ ALL = [
     LAMB(Schedule.of(0.1), trust_bounds=(0.1, 3.0), layers="block"),
     Poisson(100, 2.5),
     LocalSGD(0.1, None, 2, 16, 1.0, 0.9),
+    FixedSize(100, 7),
     Gaussian(0.7),
     DenseCodec(),
 ]
