@@ -23,13 +23,18 @@ BYTES_TYPE = "fedclip.bytes"
 
 @dataclass(frozen=True, eq=False)
 class TrainRequest:
-    """Train the users of some blocks. `reply` is `"sums"` or `"updates"`; `task` is a recipe as JSON."""
+    """Train the users of some blocks.
+
+    `reply` is `"sums"` or `"updates"`; `task` is a recipe as JSON; `states` is the folder of the users' states in a simulation, empty
+    where the chain has none.
+    """
 
     spec: RoundSpec
     blocks: tuple[Block, ...]
     task: str
     device: str
     reply: str
+    states: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,9 +57,11 @@ def model_bytes(arrays: ArrayRecord) -> bytes:
     return _payload(arrays, "model")
 
 
-def train_request(plan: RoundSpec, blocks: Sequence[Block], task: str, device: str, reply: str, model: ArrayRecord) -> RecordDict:
+def train_request(
+    plan: RoundSpec, blocks: Sequence[Block], task: str, device: str, reply: str, model: ArrayRecord, states: str = ""
+) -> RecordDict:
     """Return the content of a training request."""
-    config = ConfigRecord({"spec": json.dumps(plan.shared()), "task": task, "device": device, "reply": reply})
+    config = ConfigRecord({"spec": json.dumps(plan.shared()), "task": task, "device": device, "reply": reply, "states": states})
     config.update(_pack_blocks(blocks))
     return RecordDict({"request": config, "model": model})
 
@@ -63,7 +70,8 @@ def read_train_request(content: RecordDict) -> TrainRequest:
     """Return the training request of a message's content."""
     config = content.config_records["request"]
     spec = RoundSpec.from_shared(json.loads(_text(config, "spec")), model_bytes(content.array_records["model"]))
-    return TrainRequest(spec, _unpack_blocks(config), _text(config, "task"), _text(config, "device"), _text(config, "reply"))
+    task, device, reply, states = (_text(config, key) for key in ("task", "device", "reply", "states"))
+    return TrainRequest(spec, _unpack_blocks(config), task, device, reply, states)
 
 
 def sums_reply(partial: Partial) -> RecordDict:

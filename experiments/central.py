@@ -1,7 +1,7 @@
 """The central baseline: the same task, users and batches as a federated run, every batch one step of one optimizer."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from fedclip.layout import Layout
 from fedclip.method import ServerState
 from fedclip.replica import Replica
 from fedclip.rng import Streams
-from fedclip.round import Outcome, Site, evaluate_units
+from fedclip.round import Outcome, Released, Site, evaluate_units
 from fedclip.schedules import Schedule
 from fedclip.tally import Tally, add_up
 from strategies.recipes import run_digest
@@ -28,6 +28,8 @@ class Central:
     """
 
     account = None
+    keep: Callable[[Released], None] | None = None
+    resumable = False
 
     def __init__(self, prepared: Prepared) -> None:
         self._prepared, experiment = prepared, prepared.experiment
@@ -62,6 +64,18 @@ class Central:
                 errors.append(f"user {user}: {type(error).__name__}: {error}")
         self._rounds += 1
         return Outcome(self.state, add_up(tallies), tuple(errors))
+
+    def replay(self, released: Released) -> Outcome:
+        """Nothing is released here.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError("Central training releases nothing that could be replayed.")
+
+    def restore(self, state: ServerState) -> None:
+        """Start from other parameters."""
+        self._site.replica.load(state.params)
 
     def evaluate(self) -> dict[str, float]:
         """Return the metrics of the current model on all held-out units."""

@@ -5,12 +5,13 @@ import os
 import sys
 from collections.abc import Callable
 from datetime import datetime
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, NoReturn, TypeVar
+from typing import Annotated, NoReturn, TypeVar, cast
 
 import typer
 
-from experiments.prepare import check_free, read_experiment
+from experiments.prepare import check_free, read_experiment, read_run
 from fedclip.config import Experiment
 from fedclip.options import ConfigError
 
@@ -31,6 +32,28 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="print the end only")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 
+class SamplerName(StrEnum):
+    """What `fedclip budget` knows of samplers."""
+
+    poisson = "poisson"
+    fixed = "fixed"
+
+
+class AdjacencyName(StrEnum):
+    """Which two populations an epsilon compares."""
+
+    add_or_remove_one = "add-or-remove-one"
+    replace_one = "replace-one"
+
+
+class AccountantName(StrEnum):
+    """How an epsilon is computed."""
+
+    pld = "pld"
+    rdp = "rdp"
+    closed_form = "closed_form"
+
+
 @app.callback()
 def _fedclip() -> None:
     """Private, bandwidth-thrifty federated learning on Flower and Ray."""
@@ -38,7 +61,8 @@ def _fedclip() -> None:
 
 @app.command()
 def run(
-    experiment: ExperimentFile,
+    experiment: Annotated[Path | None, typer.Argument(metavar="EXPERIMENT.toml", help="the experiment file", show_default=False)] = None,
+    resume: Annotated[Path | None, typer.Option(metavar="RUN", help="go on with the run in this folder", show_default=False)] = None,
     set_: Set = None,
     rounds: Rounds = None,
     data_dir: DataDir = None,
@@ -49,11 +73,21 @@ def run(
 ) -> None:
     """Run an experiment by federated learning, on Ray.
 
-    Example: `fedclip run experiments/vision.toml --set local.lr=0.05 --rounds 20`
+    Examples: `fedclip run experiments/vision.toml --set local.lr=0.05 --rounds 20`, `fedclip run --resume runs/mine --rounds 40`
 
     Exit status: 0 done, 1 too many users failed, 2 bad input, 130 interrupted.
     """
-    checked = _read(experiment, set_, data_dir, rounds=rounds, out=out, seed=seed, workers=workers)
+    if (experiment is None) == (resume is None):
+        _refuse("Give an experiment file, or --resume with a run folder.")
+    if resume is not None:
+        if out is not None or seed is not None:
+            _refuse("--resume: a run stays in its folder and keeps its seed; leave out --out and --seed.")
+        overrides = [*(set_ or []), *_said(rounds=rounds, workers=workers)]
+        again = _guarded(lambda: read_run(resume, overrides, data_dir))
+        from experiments.commands import run_command
+
+        raise typer.Exit(_guarded(lambda: run_command(again, resume, quiet, resume=True)))
+    checked = _read(cast(Path, experiment), set_, data_dir, rounds=rounds, out=out, seed=seed, workers=workers)
     from experiments.commands import run_command
 
     raise typer.Exit(_guarded(lambda: run_command(checked, run_folder(checked), quiet)))
@@ -97,8 +131,67 @@ def evaluate(
     raise typer.Exit(_guarded(lambda: evaluate_command(model, set_ or [], data_dir, json)))
 
 
+@app.command()
+def budget(
+    population: Annotated[int | None, typer.Option(min=1, help="users there are", show_default=False)] = None,
+    cohort: Annotated[float | None, typer.Option(help="expected users a round", show_default=False)] = None,
+    sampling_rate: Annotated[float | None, typer.Option(help="in their place: cohort / population", show_default=False)] = None,
+    noise_multiplier: Annotated[float | None, typer.Option(help="noise on the sum over the clip bound", show_default=False)] = None,
+    target_epsilon: Annotated[float | None, typer.Option(help="epsilon to stay within", show_default=False)] = None,
+    rounds: Annotated[int | None, typer.Option(min=0, help="releases", show_default=False)] = None,
+    delta: Annotated[float, typer.Option(help="well under one over the population")] = 1e-9,
+    sampler: Annotated[SamplerName, typer.Option(help="how a cohort is drawn")] = SamplerName.poisson,
+    max_cohort: Annotated[int | None, typer.Option(help="most users a round (poisson)", show_default=False)] = None,
+    devices_per_user: Annotated[int, typer.Option(min=1, help="ids that one user may hold (poisson)")] = 1,
+    adjacency: Annotated[AdjacencyName | None, typer.Option(help="by default the sampler's own", show_default=False)] = None,
+    accountant: Annotated[list[AccountantName] | None, typer.Option(help="may be repeated", show_default=False)] = None,
+    extrapolate: Annotated[
+        list[str] | None,
+        typer.Option(metavar="POPULATION:COHORT", help="the same noise on the mean there; may be repeated", show_default=False),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Say what noise costs before anything is trained, or what noise or how many rounds an epsilon allows.
+
+    Of noise multiplier, target epsilon and rounds give two.
+
+    Example: `fedclip budget --population 1000000 --cohort 1000 --noise-multiplier 1.0 --rounds 2000`
+    """
+    from experiments.budget import Question, budget_command, make_sampler
+
+    def answer() -> int:
+        larger = tuple(_population_and_cohort(text) for text in extrapolate or [])
+        drawn = make_sampler(population, cohort, sampling_rate, sampler.value, max_cohort, devices_per_user)
+        relation = adjacency.value if adjacency is not None else None
+        accountants = tuple(name.value for name in accountant or [])
+        question = Question(drawn, delta, noise_multiplier, target_epsilon, rounds, relation, accountants, larger)  # type: ignore[arg-type]
+        return budget_command(question, json)
+
+    raise typer.Exit(_guarded(answer))
+
+
+@app.command()
+def audit(
+    target: Annotated[Path, typer.Argument(metavar="RUN|EXPERIMENT.toml", help="a run folder, or an experiment file", show_default=False)],
+    set_: Set = None,
+    data_dir: DataDir = None,
+    rounds: Annotated[int, typer.Option(min=1, help="rounds to replay on the task")] = 3,
+    trials: Annotated[int, typer.Option(min=1000, help="trials to tell a canary by, of each world")] = 50_000,
+    json: Json = False,
+) -> None:
+    """Audit the privacy of an experiment or a run: what it claims against what is found in its own rounds.
+
+    Example: `fedclip audit experiments/quickstart_dp.toml`
+
+    Exit status: 0 all findings are within their claims, 1 one exceeds it, 2 bad input, or no noise to audit.
+    """
+    from experiments.audit import audit_command
+
+    raise typer.Exit(_guarded(lambda: audit_command(target, set_ or [], data_dir, rounds, trials, json)))
+
+
 def _read(file: Path, overrides: list[str] | None, data_dir: Path | None, **run_options: object) -> Experiment:
-    changed = [f"run.{key}={_toml(value)}" for key, value in run_options.items() if value is not None]
+    changed = _said(**run_options)
 
     def read() -> Experiment:
         checked = read_experiment(file, [*(overrides or []), *changed], data_dir)
@@ -107,6 +200,18 @@ def _read(file: Path, overrides: list[str] | None, data_dir: Path | None, **run_
         return checked
 
     return _guarded(read)
+
+
+def _population_and_cohort(text: str) -> tuple[int, float]:
+    try:
+        population, cohort = text.replace("_", "").split(":")
+        return int(population), float(cohort)
+    except ValueError:
+        raise ConfigError(f"--extrapolate: expected POPULATION:COHORT, such as 69506000:204800, got '{text}'.") from None
+
+
+def _said(**run_options: object) -> list[str]:
+    return [f"run.{key}={_toml(value)}" for key, value in run_options.items() if value is not None]
 
 
 def run_folder(experiment: Experiment, suffix: str = "") -> Path:

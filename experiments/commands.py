@@ -1,31 +1,33 @@
 """What the commands do, once their input is checked. Imports PyTorch."""
 
 import dataclasses
+import signal
 from pathlib import Path
 
 from experiments.central import Central
 from experiments.engines import open_engine
-from experiments.folder import LEDGER, to_json
+from experiments.folder import to_json
 from experiments.live import Reporter, describe_result
 from experiments.prepare import on_folder, prepare
 from experiments.run import DONE, run_rounds
 from fedclip.config import Experiment, apply_overrides
-from fedclip.model_file import flatten, load_model
+from fedclip.model_file import flatten, load_model, model_path
 from fedclip.release import Release
 from fedclip.replica import Replica
 from fedclip.round import Site, evaluate_units
 from strategies.recipes import resolve
 
 
-def run_command(experiment: Experiment, path: Path, quiet: bool) -> int:
-    """Run an experiment and return the exit status."""
-    prepared = prepare(experiment)
+def run_command(experiment: Experiment, path: Path, quiet: bool, resume: bool = False) -> int:
+    """Run an experiment, or go on with the run in a folder, and return the exit status. SIGTERM ends it in order, as Ctrl-C does."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    prepared = prepare(experiment, resume=resume)
     with Reporter(experiment.run.rounds, quiet) as reporter:
         reporter.say(
             f"{experiment.run.name}: {prepared.experiment.population.size:,} users, cohorts of about {prepared.experiment.sampler.cohort:g}"
         )
-        with open_engine(prepared, path / LEDGER) as engine:
-            return run_rounds(prepared, engine, path, reporter)
+        with open_engine(prepared, path) as engine:
+            return run_rounds(prepared, engine, path, reporter, resume)
 
 
 def central_command(experiment: Experiment, path: Path, quiet: bool) -> int:
@@ -39,7 +41,7 @@ def central_command(experiment: Experiment, path: Path, quiet: bool) -> int:
 
 def evaluate_command(model: Path, overrides: list[str], data_dir: Path | None, as_json: bool) -> int:
     """Evaluate a saved model, print the metrics, and return the exit status."""
-    experiment, tensors = load_model(model / "checkpoints" / "model.safetensors" if model.is_dir() else model)
+    experiment, tensors = load_model(model_path(model))
     experiment = resolve(apply_overrides(experiment, overrides))
     prepared = prepare(on_folder(experiment, data_dir, all_users=True) if data_dir is not None else experiment)
     task = prepared.task

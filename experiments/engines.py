@@ -1,17 +1,18 @@
 """Where rounds are computed: this process, or Flower messages to Ray actors. The bits of the result are the same."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from experiments.folder import LEDGER, STATES
 from experiments.prepare import Prepared
-from fedclip.account import Account, BudgetSpent
+from fedclip.account import Account, BudgetSpent, LedgerError
 from fedclip.layout import Layout
 from fedclip.method import ServerState
 from fedclip.options import ConfigError
-from fedclip.round import Outcome
+from fedclip.round import Outcome, Released
 from strategies.recipes import build_account, run_digest
 
 if TYPE_CHECKING:
@@ -19,7 +20,15 @@ if TYPE_CHECKING:
 
 
 class Engine(Protocol):
-    """A run's rounds, one after another."""
+    """A run's rounds, one after another.
+
+    Attributes:
+        keep: makes what was released durable before the server step; None: nothing does.
+        resumable: whether a run can go on from the engine's `state`.
+    """
+
+    keep: Callable[[Released], None] | None
+    resumable: bool
 
     @property
     def account(self) -> Account | None:
@@ -36,22 +45,53 @@ class Engine(Protocol):
     def round(self) -> Outcome:
         """Do one more round and return what it made."""
 
+    def replay(self, released: Released) -> Outcome:
+        """Take the server step of a round that was released before."""
+
+    def restore(self, state: ServerState) -> None:
+        """Go on from another state."""
+
     def evaluate(self) -> dict[str, float]:
         """Return the metrics of the current model on all held-out units."""
 
 
 class OnGrid:
-    """Rounds of the Flower strategy on a Flower grid, charged to an account under noise."""
+    """Rounds of the Flower strategy on a Flower grid.
 
-    def __init__(self, prepared: Prepared, grid: "Grid", account: Account | None = None) -> None:
+    Args:
+        prepared: the experiment.
+        grid: the nodes.
+        account: what the releases are charged to; None without noise.
+        states: the folder, shared by all workers, of what the client chain keeps of users.
+    """
+
+    resumable = True
+
+    def __init__(self, prepared: Prepared, grid: "Grid", account: Account | None = None, states: Path | None = None) -> None:
         from strategies.federated import Federated
 
         options = prepared.experiment.run
         names = (secret_of(prepared), run_digest(prepared.experiment))
         self.strategy = Federated(
-            prepared.method, prepared.task, prepared.recipe, *names, device=options.device, reply=options.reply, account=account
+            prepared.method,
+            prepared.task,
+            prepared.recipe,
+            *names,
+            device=options.device,
+            reply=options.reply,
+            account=account,
+            states=states,
         )
         self.account, self._grid = account, grid
+
+    @property
+    def keep(self) -> Callable[[Released], None] | None:
+        """Makes what was released durable before the server step; None: nothing does."""
+        return self.strategy.keep
+
+    @keep.setter
+    def keep(self, keep: Callable[[Released], None] | None) -> None:
+        self.strategy.keep = keep
 
     @property
     def state(self) -> ServerState:
@@ -67,6 +107,14 @@ class OnGrid:
         """Do one more round and return what it made."""
         return self.strategy.round(self._grid)
 
+    def replay(self, released: Released) -> Outcome:
+        """Take the server step of a round that was released before."""
+        return self.strategy.replay(released)
+
+    def restore(self, state: ServerState) -> None:
+        """Go on from another state."""
+        self.strategy.state = state
+
     def evaluate(self) -> dict[str, float]:
         """Return the metrics of the current model on all held-out units."""
         return self.strategy.evaluate(self._grid)
@@ -77,14 +125,18 @@ def secret_of(prepared: Prepared) -> str:
     return f"seed:{prepared.experiment.run.seed}"
 
 
-def account_of(prepared: Prepared, ledger: Path | None = None) -> Account | None:
-    """Return the privacy account of a run, its ledger in a file or in memory; None without noise.
+def account_of(prepared: Prepared, folder: Path | None = None) -> Account | None:
+    """Return the privacy account of a run, its ledger in the run folder or in memory; None without noise.
 
     Raises:
-        ConfigError: the budget does not allow even one round.
+        ConfigError: the budget does not allow even one round, or the ledger that is there cannot be trusted.
     """
-    account = build_account(prepared.experiment, prepared.method.sampler.population, ledger)
-    if account is not None:
+    ledger = folder / LEDGER if folder is not None else None
+    try:
+        account = build_account(prepared.experiment, prepared.method.sampler.population, ledger)
+    except LedgerError as error:
+        raise ConfigError(str(error)) from error
+    if account is not None and not account.charges:
         try:
             account.check()
         except BudgetSpent as spent:
@@ -93,13 +145,19 @@ def account_of(prepared: Prepared, ledger: Path | None = None) -> Account | None
 
 
 @contextmanager
-def open_engine(prepared: Prepared, ledger: Path | None = None) -> Iterator[Engine]:
-    """Start the engine that the experiment names, and end what was started. Releases under noise are charged to the ledger's file."""
-    experiment, account = prepared.experiment, account_of(prepared, ledger)
+def open_engine(prepared: Prepared, folder: Path | None = None) -> Iterator[Engine]:
+    """Start the engine that the experiment names, and end what was started.
+
+    The ledger and the users' states are in the run folder; without one they are in memory, and Ray refuses chains with states.
+    """
+    experiment = prepared.experiment
+    account, states = account_of(prepared, folder), folder / STATES if folder is not None else None
     if experiment.run.engine == "process":
         from fedclip.simulation import InProcess
+        from fedclip.user_states import StatesInFolder
 
-        yield InProcess(prepared.method, prepared.task, secret_of(prepared), run_digest(experiment), experiment.run.device, account)
+        kept = StatesInFolder(states) if states is not None else None
+        yield InProcess(prepared.method, prepared.task, secret_of(prepared), run_digest(experiment), experiment.run.device, account, kept)
         return
     from clients.ray_grid import RayGrid, Resources
 
@@ -110,4 +168,4 @@ def open_engine(prepared: Prepared, ledger: Path | None = None) -> Iterator[Engi
     except (ValueError, ConnectionError) as error:
         raise ConfigError(f"ray: {error}") from error
     with grid:
-        yield OnGrid(prepared, grid, account)
+        yield OnGrid(prepared, grid, account, states)

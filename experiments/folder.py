@@ -1,11 +1,14 @@
 """`RunFolder`: the files that a run leaves behind. Other programs read them; docs/run-folder.md says what is in them."""
 
+import fcntl
 import json
 import math
 import os
 import platform
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -14,65 +17,117 @@ import tomli_w
 import torch
 
 from experiments.prepare import check_free
+from fedclip.checkpoints import CheckpointError
 from fedclip.config import Experiment
 from fedclip.layout import Layout
 from fedclip.model_file import save_model
 from fedclip.options import ConfigError
+from fedclip.storage import Storage
 from strategies.recipes import run_digest
 
-LEDGER = "ledger.jsonl"
-"""The releases of a run under noise, a line each, written before the release."""
+LEDGER, CHECKPOINTS, STATES = "ledger.jsonl", "checkpoints", "states"
+"""The releases of a run under noise, a line each; the checkpoints; and what client chains keep of users."""
+
+METRICS = "metrics.jsonl"
 
 PACKAGES = ("fedclip", "flwr", "ray", "torch", "torchaudio", "numpy", "dp-accounting", "jiwer", "soundfile")
 
 
 class RunFolder:
-    """One run's folder, made anew: a folder that already holds a run is refused.
+    """One run's folder, held by one process at a time.
 
     Args:
         path: where.
         experiment: what is run, resolved.
+        resume: go on with the run that is there, which is only locked until `start`; otherwise the folder is made anew, and one that
+            holds a run is refused.
+        storage: the disk.
 
     Raises:
-        ConfigError: the folder holds a run already, or cannot be written.
+        ConfigError: the folder holds a run already, or none to go on with; another process has it; or it cannot be written.
     """
 
-    def __init__(self, path: Path, experiment: Experiment) -> None:
-        self.path, self._experiment = path, experiment
-        check_free(path)
+    def __init__(self, path: Path, experiment: Experiment, *, resume: bool = False, storage: Storage | None = None) -> None:
+        self.path, self._experiment, self._storage = path, experiment, storage or Storage()
+        if not resume:
+            check_free(path)
         try:
-            (path / "checkpoints").mkdir(parents=True)
-            (path / "config.toml").write_text(tomli_w.dumps(experiment.plain()), encoding="utf-8")
-            write_atomically(path / "environment.json", json.dumps(environment(experiment), indent=2) + "\n")
-            self._metrics = (path / "metrics.jsonl").open("w", encoding="utf-8")
+            (path / CHECKPOINTS).mkdir(parents=True, exist_ok=resume)
+            self._lock = lock(path)
+            if not resume:
+                write_atomically(path / "environment.json", json.dumps(environment(experiment), indent=2) + "\n")
+                self._storage.write(path / METRICS, [])
+                self.start()
         except OSError as error:
-            raise ConfigError(f"The run folder {path} cannot be written: {error}; choose another by --out.") from error
+            raise ConfigError(f"The run folder {path} cannot be written: {error}; make room, or choose another by --out.") from error
+
+    def start(self) -> None:
+        """Write down what is run from here on; the end of an earlier part of the run is not the end any more."""
         from torch.utils.tensorboard import SummaryWriter
 
-        self._board = SummaryWriter(str(path / "tensorboard"))
+        write_atomically(self.path / "config.toml", tomli_w.dumps(self._experiment.plain()))
+        (self.path / "summary.json").unlink(missing_ok=True)
+        self._board = SummaryWriter(str(self.path / "tensorboard"))
 
-    @property
-    def model_path(self) -> Path:
-        """The file of the model."""
-        return self.path / "checkpoints" / "model.safetensors"
-
-    def record(self, row: dict[str, Any]) -> None:
-        """Append a round to `metrics.jsonl` and to TensorBoard."""
-        self._metrics.write(to_json(row) + "\n")
-        self._metrics.flush()
+    def record(self, row: dict[str, Any]) -> int:
+        """Append a round to `metrics.jsonl` and to TensorBoard; return the size of the file, which is durable by then."""
+        metrics = self.path / METRICS
+        self._storage.append(metrics, (to_json(row) + "\n").encode())
+        self._storage.sync(metrics)
         for name, value in row.items():
             if name not in ("round", "attempt") and isinstance(value, int | float):
                 self._board.add_scalar(name, value, row["round"])
+        return metrics.stat().st_size
 
-    def save_model(self, params: torch.Tensor, layout: Layout, round: int) -> None:
+    def cut_metrics(self, size: int) -> None:
+        """Take away the rounds after a checkpoint.
+
+        Raises:
+            CheckpointError: the file is shorter than it was at the checkpoint.
+        """
+        metrics = self.path / METRICS
+        there = len(self._storage.read(metrics)) if self._storage.exists(metrics) else 0
+        if there < size:
+            raise CheckpointError(f"{metrics} has {there} bytes, and had {size} at the checkpoint; rounds were taken away from it.")
+        if there > size:
+            self._storage.truncate(metrics, size)
+
+    def save_model(self, params: torch.Tensor, layout: Layout, round: int, name: str = "model") -> None:
         """Write the model of a round in the place of the one before."""
-        save_model(self.model_path, params, layout, self._experiment, round)
+        save_model(self.path / CHECKPOINTS / f"{name}.safetensors", params, layout, self._experiment, round)
+
+    def beat(self, round: int, status: str, seconds: float) -> None:
+        """Tell watchers that the run goes on, and how far it is. A heart that cannot beat ends nothing."""
+        now = {"pid": os.getpid(), "status": status, "round": round, "rounds": self._experiment.run.rounds}
+        with suppress(OSError):
+            write_atomically(self.path / "heartbeat.json", json.dumps(now | {"seconds": seconds, "time": time.time()}) + "\n")
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Write `summary.json` last of all: a folder without it holds a run that did not end in order."""
-        self._metrics.close()
         self._board.close()
         write_atomically(self.path / "summary.json", to_json(summary, indent=2) + "\n")
+
+    def close(self) -> None:
+        """Let another process have the folder."""
+        os.close(self._lock)
+
+
+def lock(path: Path) -> int:
+    """Take a run folder for this process, for as long as the returned descriptor is open, and no longer than the process lives.
+
+    Raises:
+        ConfigError: another process has it.
+    """
+    descriptor = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        holder = os.read(descriptor, 32).decode("ascii", "replace").strip()
+        os.close(descriptor)
+        raise ConfigError(f"{path} is in use by the process {holder or '?'}; wait for it, or end it.") from None
+    os.truncate(descriptor, 0)
+    os.write(descriptor, str(os.getpid()).encode())
+    return descriptor
 
 
 def to_json(values: dict[str, Any], indent: int | None = None) -> str:
@@ -81,14 +136,16 @@ def to_json(values: dict[str, Any], indent: int | None = None) -> str:
     def finite(value: Any) -> Any:
         if isinstance(value, list):
             return [finite(v) for v in value]
+        if isinstance(value, dict):
+            return {name: finite(v) for name, v in value.items()}
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
-    return json.dumps({name: finite(value) for name, value in values.items()}, indent=indent, allow_nan=False)
+    return json.dumps(finite(values), indent=indent, allow_nan=False)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Return the rounds of a run folder's `metrics.jsonl`."""
-    return [json.loads(line) for line in (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in (path / METRICS).read_text(encoding="utf-8").splitlines()]
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -113,6 +170,7 @@ def environment(experiment: Experiment) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "seed": experiment.run.seed,
         "run": run_digest(experiment),
+        "init_from": str(experiment.run.init_from) if experiment.run.init_from else None,
         "commit": _commit(),
     }
 

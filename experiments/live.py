@@ -1,5 +1,6 @@
 """What a person sees while a run goes on: a live table on a terminal, plain lines elsewhere."""
 
+import shlex
 import time
 from collections import deque
 from pathlib import Path
@@ -59,8 +60,8 @@ class Reporter:
         elif not self._quiet:
             self._line(row, cells, "eval_loss" in row)
 
-    def end(self, summary: dict[str, Any], path: Path, errors: list[str]) -> None:
-        """Say how the run ended and where its folder is."""
+    def end(self, summary: dict[str, Any], path: Path, errors: list[str], can_resume: bool = False) -> None:
+        """Say how the run ended, where its folder is, and how to go on with it."""
         if self._live is not None:
             self._live.stop()
         failed = summary["failed_users_total"]
@@ -76,6 +77,8 @@ class Reporter:
         if "privacy" in summary:
             self._console.print(summary["privacy"], highlight=False, soft_wrap=True)
         self._console.print(f"run folder: {path}", highlight=False, soft_wrap=True)
+        if can_resume:
+            self._console.print(f"to go on: fedclip run --resume {shlex.quote(str(path))}", highlight=False, soft_wrap=True)
 
     def _cells(self, row: dict[str, Any], seconds: float) -> tuple[str, ...]:
         for key, name in (("wer", "WER"), ("accuracy", "accuracy")):

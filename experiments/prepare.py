@@ -1,14 +1,33 @@
 """From an experiment file to what a run needs: everything that can be refused is refused here, before a folder is made."""
 
+import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fedclip.config import Experiment, load_experiment, make_experiment
 from fedclip.options import ConfigError
-from strategies.recipes import build_method, calibrated, resolve
+from strategies.recipes import build_method, calibrated, resolve, run_digest
+
+MAY_CHANGE = (
+    "run.rounds",
+    "run.workers",
+    "run.engine",
+    "run.reply",
+    "run.out",
+    "run.data_dir",
+    "run.init_from",
+    "task.cache_dir",
+    "task.cache_mb",
+    "evaluation.",
+    "ray.",
+)
+"""Keys, or beginnings of keys, that a run may change when it is gone on with: they leave its parameters as they are."""
 
 if TYPE_CHECKING:
+    import torch
+
     from fedclip.layout import Layout
     from fedclip.method import Method
     from fedclip.tasks.base import Task
@@ -17,12 +36,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """A checked experiment with its task and method. `population.size` and the cohort are numbers that the data can give."""
+    """A checked experiment with its task and method. `population.size` and the cohort are numbers that the data can give.
+
+    `initial` are the parameters of the model that the run begins with, shape (d,); None: they are drawn.
+    """
 
     experiment: Experiment
     recipe: "TaskRecipe"
     task: "Task"
     method: "Method"
+    initial: "torch.Tensor | None" = None
 
 
 def read_experiment(path: Path, overrides: list[str], data_dir: Path | None = None) -> Experiment:
@@ -90,10 +113,11 @@ def corpus_kind(folder: Path, preferred: str = "") -> str:
     )
 
 
-def prepare(experiment: Experiment) -> Prepared:
+def prepare(experiment: Experiment, *, resume: bool = False) -> Prepared:
     """Return the experiment with its task built, its population known and its method checked.
 
-    Without `population.size` the population is all the users that the data has, and a larger cohort means all of them.
+    Without `population.size` the population is all the users that the data has, and a larger cohort means all of them. A run that is
+    gone on with does not need the model that it began with.
 
     Raises:
         ConfigError: the task, its data or the method are refused.
@@ -109,6 +133,7 @@ def prepare(experiment: Experiment) -> Prepared:
     size = experiment.population.size
     task = TaskRecipe.of(experiment).build()
     layout = _layout_of(task, experiment)
+    experiment, initial = (experiment, None) if resume else _with_initial(experiment, layout)
     if size is None:
         cohort = min(experiment.sampler.cohort, float(task.users))
         sampler = experiment.sampler.model_copy(update={"cohort": cohort})
@@ -127,7 +152,56 @@ def prepare(experiment: Experiment) -> Prepared:
         raise
     except ValueError as error:
         raise ConfigError(f"strategy: {error}") from error
-    return Prepared(experiment, TaskRecipe.of(experiment), task, method)
+    return Prepared(experiment, TaskRecipe.of(experiment), task, method, initial)
+
+
+def read_run(run: Path, overrides: list[str], data_dir: Path | None = None) -> Experiment:
+    """Return the experiment of a run folder that is to be gone on with. Imports no PyTorch.
+
+    Raises:
+        ConfigError: there is no run, its configuration was changed since it began, or a key is set anew that makes it another run.
+    """
+    file = run / "config.toml"
+    if not file.is_file():
+        raise ConfigError(f"--resume: {run} holds no run (there is no config.toml in it); give a run folder.")
+    before, experiment = read_experiment(file, []), read_experiment(file, overrides, data_dir)
+    old, new = _flat(before.plain()), _flat(experiment.plain())
+    changed = sorted(k for k in {*old, *new} if old.get(k) != new.get(k) and not k.startswith(MAY_CHANGE))
+    if changed:
+        key = changed[0]
+        raise ConfigError(
+            f"--resume: {key} was {old.get(key)!r} and is to be {new.get(key)!r}; that would be another run. Only "
+            f"{', '.join(MAY_CHANGE)} may change."
+        )
+    try:
+        began = json.loads((run / "environment.json").read_text(encoding="utf-8"))["run"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"--resume: {run / 'environment.json'} does not say which run this is: {error!r}.") from error
+    if began != run_digest(before):
+        raise ConfigError(f"--resume: {file} was changed since the run began; put back what it said, or start a new run from it.")
+    return experiment
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _with_initial(experiment: Experiment, layout: "Layout") -> "tuple[Experiment, torch.Tensor | None]":
+    """Return the experiment, which names the weights it begins with, and these weights."""
+    if experiment.run.init_from is None:
+        return experiment, None
+    from fedclip.model_file import flatten, load_model, model_path
+
+    path = model_path(experiment.run.init_from)
+    params = flatten(load_model(path)[1], layout)
+    digest = hashlib.blake2b(params.numpy().tobytes(), digest_size=16).hexdigest()
+    if experiment.run.init_digest not in (None, digest):
+        raise ConfigError(f"run.init_from: {path} holds other weights than the run began with ({digest}, {experiment.run.init_digest}).")
+    origin = {"init_from": experiment.run.init_from.absolute(), "init_digest": digest}
+    return experiment.model_copy(update={"run": experiment.run.model_copy(update=origin)}), params
 
 
 def _layout_of(task: "Task", experiment: Experiment) -> "Layout":

@@ -1,21 +1,29 @@
-"""The loop of a run: rounds, evaluation, records, and an orderly end whatever happens."""
+"""The loop of a run: rounds, evaluation, records, checkpoints, and an orderly end whatever happens."""
 
+import dataclasses
 import time
 import traceback
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from experiments.curves import draw_curves
 from experiments.engines import Engine
-from experiments.folder import RunFolder, read_metrics
+from experiments.folder import CHECKPOINTS, STATES, RunFolder, read_metrics
 from experiments.live import Reporter
 from experiments.prepare import Prepared
-from fedclip.account import BudgetSpent
+from experiments.progress import Progress
+from fedclip.account import BudgetSpent, LedgerError
+from fedclip.checkpoints import Checkpoint, CheckpointError, Checkpoints
 from fedclip.config import Experiment
 from fedclip.method import noise_to_bound
-from fedclip.round import Outcome
+from fedclip.options import ConfigError
+from fedclip.round import Released
+from fedclip.storage import Storage
 from fedclip.tally import Tally, number
+from fedclip.user_states import StatesInFolder
+from strategies.recipes import run_digest
 
 DONE, CHECK_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 """Exit status of every command."""
@@ -23,43 +31,123 @@ DONE, CHECK_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 STAMP = "seeded simulation: epsilon is nominal; diagnostics of its cohorts are not private"
 """What every report of a run under noise says."""
 
-MOST_FAILED = 0.05
-LEAST_FAILED = 10
-"""A run without noise stops when over 5% of its users so far failed, and at least 10 of them."""
 
+class Run:
+    """A run in its folder: made anew, or gone on with from its last checkpoint.
 
-@dataclass
-class Totals:
-    """Sums over the rounds of a run."""
+    Args:
+        prepared: the experiment.
+        engine: computes the rounds.
+        path: the run folder.
+        resume: go on with the run that is there.
+        storage: the disk.
 
-    users: float = 0.0
-    failed: float = 0.0
-    without_data: float = 0.0
-    uplink: float = 0.0
-    downlink: float = 0.0
-    errors: list[str] = field(default_factory=list)
+    Raises:
+        ConfigError: the folder is refused, or what lies in it cannot be trusted. Nothing was changed then.
+    """
 
-    def add(self, outcome: Outcome) -> None:
-        """Take a round in."""
-        self.users += number(outcome.tally, "users")
-        self.failed += number(outcome.tally, "failed_users")
-        self.without_data += number(outcome.tally, "users_without_data")
-        self.uplink += number(outcome.tally, "uplink_bytes")
-        self.downlink += number(outcome.tally, "downlink_bytes")
-        self.errors += outcome.errors[: max(0, 5 - len(self.errors))]
+    def __init__(self, prepared: Prepared, engine: Engine, path: Path, *, resume: bool = False, storage: Storage | None = None) -> None:
+        self.prepared, self.engine, self.path, self._storage = prepared, engine, path, storage or Storage()
+        self.folder = RunFolder(path, prepared.experiment, resume=resume, storage=self._storage)
+        self.progress = Progress()
+        self._pending: Released | None = None
+        self._checkpoints = Checkpoints(path / CHECKPOINTS, run_digest(prepared.experiment), self._storage)
+        self._start = time.perf_counter()
+        engine.keep = self._timed(self._checkpoints.keep_released) if engine.account is not None else None
+        try:
+            self._resume() if resume else self._begin()
+        except (CheckpointError, LedgerError, OSError) as error:
+            self.folder.close()
+            raise ConfigError(str(error)) from error
 
     @property
-    def nobody_had_data(self) -> bool:
-        """Whether there were users, and none of them had anything to train on."""
-        return self.without_data > 0 and not self.users and not self.failed
+    def seconds(self) -> float:
+        """The time that the run took so far."""
+        return self.progress.seconds + time.perf_counter() - self._start
 
-    @property
-    def too_many_failed(self) -> bool:
-        """Whether so many users failed that the result is in doubt."""
-        return self.failed >= LEAST_FAILED and self.failed > MOST_FAILED * (self.users + self.failed)
+    def rounds(self, reporter: Reporter) -> str:
+        """Do the rounds that are left and return how it ended."""
+        experiment, private = self.prepared.experiment, self.prepared.method.private
+        while self.engine.state.round < experiment.run.rounds:
+            try:
+                row = self._round()
+            except BudgetSpent as spent:
+                reporter.say(str(spent))
+                return "budget spent"
+            reporter.round(row, self.seconds)
+            if self.progress.too_many_failed and not private:
+                break
+        return "too many users failed" if self.progress.too_many_failed else "done"
+
+    def _begin(self) -> None:
+        if self.prepared.initial is not None:
+            self.engine.restore(dataclasses.replace(self.engine.state, params=self.prepared.initial))
+        self._save(0)
+
+    def _resume(self) -> None:
+        """Take the state of the last checkpoint, and see how far the round after it had come.
+
+        Without a line in the ledger it is done again, with the same bits. With a line and its release, the release is replayed. With
+        a line and no release it is drawn anew, as another attempt, and both count.
+        """
+        engine = self.engine
+        point = self._checkpoints.last(self.prepared.method.server.init(engine.layout))
+        next_round, account, attempts = point.state.round + 1, engine.account, 0
+        if account is not None:
+            account.verify(point.charges, point.head, point.state.round)
+            attempts = account.attempts(next_round)
+            orphans = [f"round {r}, attempt {a}" for r, a in self._checkpoints.releases() if r >= next_round and a >= account.attempts(r)]
+            if orphans:
+                raise LedgerError(f"{account.path} lacks the line of a release that was made ({orphans[0]}); no epsilon can be trusted.")
+        self._pending = self._checkpoints.released(next_round, attempts - 1) if attempts else None
+        if account is not None:
+            account.mend()
+        self.folder.cut_metrics(point.notes["metrics_bytes"])
+        self.progress = Progress(**point.notes["progress"])
+        StatesInFolder(self.path / STATES, self._storage).roll_back(point.state.round if self._pending is None else next_round)
+        self.folder.start()
+        engine.restore(point.state)
+
+    def _round(self) -> dict[str, Any]:
+        start, engine = time.perf_counter(), self.engine
+        outcome = engine.round() if self._pending is None else engine.replay(self._pending)
+        self._pending = None
+        row = row_of(outcome.tally, outcome.state.round, outcome.attempt, time.perf_counter() - start)
+        if engine.account is not None:
+            row |= {"epsilon": engine.account.spent().epsilon, "delta": engine.account.delta}
+        self.progress.add(outcome)
+        try:
+            if _is_due(row["round"], self.prepared.experiment):
+                measured = engine.evaluate()
+                row |= measured | {"evaluated_round": row["round"]}
+                self.folder.save_model(engine.state.params, engine.layout, engine.state.round)
+                if self.progress.judge(measured, row["round"]):
+                    self.folder.save_model(engine.state.params, engine.layout, engine.state.round, "best")
+        finally:  # a round that is done is kept, whatever becomes of its evaluation
+            self.progress.metrics |= {k: v for k, v in row.items() if isinstance(v, float | int)}
+            self._save(self.folder.record(row))
+            self.folder.beat(row["round"], "running", self.seconds)
+        return row
+
+    def _save(self, metrics_bytes: int) -> None:
+        if not self.engine.resumable:
+            return
+        account = self.engine.account
+        notes = {"metrics_bytes": metrics_bytes, "progress": self.progress.plain() | {"seconds": self.seconds}}
+        point = Checkpoint(self.engine.state, len(account.charges) if account else 0, account.head if account else "", notes)
+        keep = [self.progress.best["round"]] if self.progress.best else []
+        self._timed(lambda saved: self._checkpoints.save(saved, keep))(point)
+
+    def _timed(self, call: Callable[[Any], None]) -> Callable[[Any], None]:
+        def timed(argument: Checkpoint | Released) -> None:
+            start = time.perf_counter()
+            call(argument)
+            self.progress.saving_seconds += time.perf_counter() - start
+
+        return timed
 
 
-def run_rounds(prepared: Prepared, engine: Engine, path: Path, reporter: Reporter) -> int:
+def run_rounds(prepared: Prepared, engine: Engine, path: Path, reporter: Reporter, resume: bool = False) -> int:
     """Run an experiment to its end and leave its folder behind.
 
     Args:
@@ -67,6 +155,7 @@ def run_rounds(prepared: Prepared, engine: Engine, path: Path, reporter: Reporte
         engine: computes the rounds.
         path: the run folder, made here.
         reporter: shows progress.
+        resume: go on with the run that is in the folder.
 
     Returns:
         The exit status: 0 done or the budget spent, 1 too many users or a worker failed, 130 interrupted. What was done by then is
@@ -75,56 +164,34 @@ def run_rounds(prepared: Prepared, engine: Engine, path: Path, reporter: Reporte
     Raises:
         ConfigError: the folder is refused.
     """
-    experiment, totals, start = prepared.experiment, Totals(), time.perf_counter()
-    folder = RunFolder(path, experiment)
-    rounds, status, metrics = experiment.run.rounds, "done", dict[str, float]()
+    run = Run(prepared, engine, path, resume=resume)
+    progress = run.progress
     try:
-        while engine.state.round < rounds:
-            try:
-                row, outcome = _round(engine)
-            except BudgetSpent as spent:
-                status = "budget spent"
-                reporter.say(str(spent))
-                break
-            totals.add(outcome)
-            try:
-                if _is_due(row["round"], experiment):
-                    row |= engine.evaluate() | {"evaluated_round": row["round"]}
-                    folder.save_model(engine.state.params, engine.layout, engine.state.round)
-            finally:  # a round that is done is kept, whatever becomes of its evaluation
-                metrics |= {k: v for k, v in row.items() if isinstance(v, float | int)}
-                folder.record(row)
-            reporter.round(row, time.perf_counter() - start)
-            if totals.too_many_failed and not prepared.method.private:
-                status = "too many users failed"
-                break
+        status = run.rounds(reporter)
     except KeyboardInterrupt:
         status = "interrupted"
-    except Exception as error:  # noqa: BLE001  a task, a worker or Ray may raise anything; what was done by then is kept
+    except Exception as error:  # noqa: BLE001  a task, a worker, the disk or Ray may raise anything; what was done by then is kept
         status = "failed"
-        totals.errors.insert(0, f"{type(error).__name__}: {error}")
-        (path / "traceback.txt").write_text(traceback.format_exc(), encoding="utf-8")
-    if status == "done" and totals.too_many_failed:
-        status = "too many users failed"
-    if status == "done" and totals.nobody_had_data:
+        progress.errors.insert(0, f"{type(error).__name__}: {error}")
+        with suppress(OSError):
+            (path / "traceback.txt").write_text(traceback.format_exc(), encoding="utf-8")
+    if status == "done" and progress.nobody_had_data:
         status = "failed"
-        totals.errors.insert(0, "no user had anything to train on; see examples_left_out in metrics.jsonl")
-    if engine.state.round:
-        folder.save_model(engine.state.params, engine.layout, engine.state.round)
-        draw_curves(read_metrics(path), path / "curves.png", path.name, stamp=STAMP if prepared.method.private else "")
-    summary = _summary(prepared, engine, totals, metrics, status, time.perf_counter() - start)
-    folder.finish(summary)
-    reporter.end(summary, path, totals.errors)
+        progress.errors.insert(0, "no user had anything to train on; see examples_left_out in metrics.jsonl")
+    summary = _summary(run, status)
+    try:
+        if engine.state.round:
+            run.folder.save_model(engine.state.params, engine.layout, engine.state.round)
+            draw_curves(read_metrics(path), path / "curves.png", path.name, stamp=STAMP if prepared.method.private else "")
+        run.folder.beat(engine.state.round, status, run.seconds)
+        run.folder.finish(summary)
+    except OSError as error:
+        status = "failed"
+        progress.errors.insert(0, f"the end of the run could not be written: {error}")
+        summary["status"] = status
+    run.folder.close()
+    reporter.end(summary, path, progress.errors, can_resume=engine.resumable and status in ("interrupted", "failed"))
     return {"done": DONE, "budget spent": DONE, "interrupted": INTERRUPTED}.get(status, CHECK_FAILED)
-
-
-def _round(engine: Engine) -> tuple[dict[str, Any], Outcome]:
-    start, attempt = time.perf_counter(), engine.state.attempt
-    outcome = engine.round()
-    row = row_of(outcome.tally, outcome.state.round, attempt, time.perf_counter() - start)
-    if engine.account is not None:
-        row |= {"epsilon": engine.account.spent().epsilon, "delta": engine.account.delta}
-    return row, outcome
 
 
 def _is_due(round: int, experiment: Experiment) -> bool:
@@ -158,20 +225,23 @@ def row_of(tally: Tally, round: int, attempt: int, seconds: float) -> dict[str, 
     return row
 
 
-def _summary(prepared: Prepared, engine: Engine, totals: Totals, last: dict[str, float], status: str, seconds: float) -> dict[str, Any]:
-    experiment, method = prepared.experiment, prepared.method
+def _summary(run: Run, status: str) -> dict[str, Any]:
+    experiment, method, engine, progress = run.prepared.experiment, run.prepared.method, run.engine, run.progress
     summary: dict[str, Any] = {
         "name": experiment.run.name,
         "status": status,
         "rounds": engine.state.round,
-        "total_seconds": seconds,
+        "total_seconds": run.seconds,
+        "saving_seconds_total": progress.saving_seconds,
         "parameters": engine.layout.size,
         "population": experiment.population.size,
-        "users_total": int(totals.users),
-        "failed_users_total": int(totals.failed),
-        "uplink_bytes_total": int(totals.uplink),
-        "downlink_bytes_total": int(totals.downlink),
+        "users_total": int(progress.users),
+        "failed_users_total": int(progress.failed),
+        "uplink_bytes_total": int(progress.uplink),
+        "downlink_bytes_total": int(progress.downlink),
     }
+    if progress.best:
+        summary["best"] = progress.best
     if engine.account is not None:
         summary["noise_to_bound"] = noise_to_bound(method, engine.layout)
         summary["measured"] = engine.account.spent().plain()
@@ -179,4 +249,4 @@ def _summary(prepared: Prepared, engine: Engine, totals: Totals, last: dict[str,
         if extrapolated is not None:
             summary["extrapolated"] = extrapolated.plain()
         summary["privacy"] = STAMP
-    return summary | {k: v for k, v in last.items() if k not in ("round", "attempt")}
+    return summary | {k: v for k, v in progress.metrics.items() if k not in ("round", "attempt")}

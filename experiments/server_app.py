@@ -13,7 +13,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from experiments.cli import run_folder
 from experiments.engines import OnGrid, account_of
-from experiments.folder import LEDGER
+from experiments.folder import STATES
 from experiments.live import Reporter
 from experiments.prepare import prepare, read_experiment
 from experiments.run import DONE, run_rounds
@@ -37,7 +37,7 @@ def main(grid: Grid, context: Context) -> None:
     while not list(grid.get_node_ids()):
         time.sleep(SECONDS_BETWEEN_LOOKS)
     path = run_folder(experiment)
-    engine = OnGrid(prepared, grid, account_of(prepared, path / LEDGER))
+    engine = OnGrid(prepared, grid, account_of(prepared, path), path / STATES)
     with Reporter(experiment.run.rounds, quiet=False) as reporter:
         status = run_rounds(prepared, engine, path, reporter)
     if status != DONE:

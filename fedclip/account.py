@@ -2,13 +2,13 @@
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from fedclip.accounting import Guarantee, affordable_rounds, guarantee
 from fedclip.sampling import Sampler
 from fedclip.stages import describe_stage
+from fedclip.storage import Storage, append
 
 
 class BudgetSpent(Exception):  # noqa: N818 - an event to stop at, not a fault
@@ -33,6 +33,8 @@ class Charge:
         bound: C, the bound on a user's update in that round.
         event: the privacy event, as the accountant prints it.
         previous: the hash of the line before, empty in the first.
+
+    The line ends with the hash of all that, so that no line can be changed, the last one neither.
     """
 
     run: str
@@ -45,32 +47,46 @@ class Charge:
     event: str
     previous: str
 
+    @property
+    def hash(self) -> str:
+        """The hash of the line."""
+        return hashlib.blake2b(json.dumps(asdict(self), sort_keys=True).encode(), digest_size=16).hexdigest()
+
     def line(self) -> str:
         """Return the line without its end."""
-        return json.dumps(asdict(self), sort_keys=True)
+        return json.dumps(asdict(self) | {"this": self.hash}, sort_keys=True)
 
 
-def read_ledger(path: Path) -> list[Charge]:
+def read_ledger(path: Path, storage: Storage | None = None) -> list[Charge]:
     """Return the charges of a ledger; none where there is no file.
 
     Raises:
-        LedgerError: a line is not a charge, or its hash of the line before does not fit.
+        LedgerError: a line is not a charge, is cut off, or its hash of the line before does not fit.
     """
-    if not path.exists():
-        return []
-    text, charges, previous = path.read_text(encoding="utf-8"), list[Charge](), ""
-    if text and not text.endswith("\n"):
-        raise LedgerError(f"{path}: the last line is cut off; a release may be missing from it.")
-    for number, line in enumerate(text.splitlines(), 1):
+    charges, torn = _read_ledger(path, storage or Storage())
+    if torn:
+        raise LedgerError(f"{path}: line {len(charges) + 1} is cut off; a release may be missing from it.")
+    return charges
+
+
+def _read_ledger(path: Path, storage: Storage) -> tuple[list[Charge], int]:
+    """Return the charges, and how many bytes follow the last whole line."""
+    if not storage.exists(path):
+        return [], 0
+    content, charges, previous = storage.read(path), list[Charge](), ""
+    whole, end, torn = content.rpartition(b"\n")
+    for number, raw in enumerate((whole + end).split(b"\n")[:-1], 1):
         try:
-            charge = Charge(**json.loads(line))
-        except (ValueError, TypeError) as error:
+            line = raw.decode("ascii")
+            fields = json.loads(line)
+            charge = Charge(**{key: value for key, value in fields.items() if key != "this"})
+        except (ValueError, TypeError, AttributeError) as error:
             raise LedgerError(f"{path}, line {number}: no line of a ledger ({error}).") from error
         if charge.previous != previous or charge.line() != line:
             raise LedgerError(f"{path}, line {number}: it does not follow from the line before; the ledger was changed.")
-        previous = _hash(line)
+        previous = charge.hash
         charges.append(charge)
-    return charges
+    return charges, len(torn)
 
 
 class Account:
@@ -83,6 +99,7 @@ class Account:
         budget: the epsilon that must not be exceeded; None: no limit.
         path: the ledger's file, made at the first charge; None keeps the ledger in memory.
         extrapolation: the same noise on the mean at another population and cohort: their sampler and noise multiplier.
+        storage: the disk.
 
     Raises:
         LedgerError: the file is there and cannot be trusted, or is of another mechanism.
@@ -97,18 +114,52 @@ class Account:
         budget: float | None = None,
         path: Path | None = None,
         extrapolation: tuple[Sampler, float] | None = None,
+        storage: Storage | None = None,
     ) -> None:
         if not 0 < delta < 1:
             raise ValueError(f"Expected 0 < delta < 1, got {delta}.")
         if budget is not None and not budget > 0:
             raise ValueError(f"Expected an epsilon budget over 0, got {budget}.")
         self.sampler, self.noise_multiplier, self.delta, self.budget, self.path = sampler, noise_multiplier, delta, budget, path
-        self._extrapolation = extrapolation
-        self.charges = read_ledger(path) if path is not None else []
+        self._extrapolation, self._storage = extrapolation, storage or Storage()
+        self.charges, self._torn = _read_ledger(path, self._storage) if path is not None else ([], 0)
         self._affordable: int | None = None
         for charge in self.charges:
             if (charge.sampler, charge.noise_multiplier) != (describe_stage(sampler), noise_multiplier):
                 raise LedgerError(f"{path}: round {charge.round} was another mechanism (z = {charge.noise_multiplier}, {charge.event}).")
+
+    @property
+    def head(self) -> str:
+        """The hash of the last line, which the next one will carry; empty without any."""
+        return self.charges[-1].hash if self.charges else ""
+
+    def attempts(self, round: int) -> int:
+        """Return how many attempts at a round were charged."""
+        return sum(charge.round == round for charge in self.charges)
+
+    def verify(self, charges: int, head: str, round: int) -> None:
+        """See whether the ledger goes on from a checkpoint.
+
+        Args:
+            charges: lines that the ledger had at the checkpoint.
+            head: the hash of the last of them.
+            round: the rounds done at the checkpoint.
+
+        Raises:
+            LedgerError: the ledger is shorter than at the checkpoint, differs from it, or goes on with other rounds.
+        """
+        if len(self.charges) < charges or (charges and self.charges[charges - 1].hash != head):
+            raise LedgerError(
+                f"{self.path} has {len(self.charges)} whole lines and does not begin with the {charges} of the checkpoint after round "
+                f"{round}; it was changed, cut or taken from another run, and no epsilon can be trusted. Nothing was changed."
+            )
+
+    def mend(self) -> None:
+        """Take away a line that a crash has torn: it was not durable, so that its release was never made."""
+        if self._torn and self.path is not None:
+            self._storage.truncate(self.path, len(self._storage.read(self.path)) - self._torn)
+            self._storage.sync(self.path)
+            self._torn = 0
 
     def check(self) -> None:
         """Look ahead, before a cohort is drawn.
@@ -133,17 +184,15 @@ class Account:
             ValueError: the release is not of the mechanism that the account is for.
             OSError: the line cannot be made durable; the release must not be made.
         """
+        if self._torn:
+            raise LedgerError(f"{self.path}: line {len(self.charges) + 1} is cut off; a release may be missing from it.")
         if noise_multiplier != self.noise_multiplier:
             raise ValueError(f"Expected a release at z = {self.noise_multiplier}, the account's, got z = {noise_multiplier}.")
-        previous = _hash(self.charges[-1].line()) if self.charges else ""
         event = str(self.sampler.event(noise_multiplier))
         description = json.loads(json.dumps(describe_stage(self.sampler)))
-        charge = Charge(run, round, attempt, description, self.sampler.rate, noise_multiplier, bound, event, previous)
+        charge = Charge(run, round, attempt, description, self.sampler.rate, noise_multiplier, bound, event, self.head)
         if self.path is not None:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(charge.line() + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+            append(self._storage, self.path, (charge.line() + "\n").encode("ascii"))
         self.charges.append(charge)
 
     def spent(self) -> Guarantee:
@@ -156,7 +205,3 @@ class Account:
             return None
         sampler, noise_multiplier = self._extrapolation
         return replace(guarantee(sampler, noise_multiplier, len(self.charges), self.delta), extrapolated=True)
-
-
-def _hash(line: str) -> str:
-    return hashlib.blake2b(line.encode(), digest_size=16).hexdigest()

@@ -24,16 +24,19 @@ Accountant = Literal["pld", "rdp", "closed_form"]
 """Numerical composition of privacy loss distributions (arXiv 2207.04380); Renyi divergences (1702.07476, 1908.10530); the exact
 epsilon of the Gaussian mechanism (1805.06530), where there is no sampling. All three are upper bounds."""
 
-S = TypeVar("S", bound=Sampler)
+AnySampler = TypeVar("AnySampler", bound=Sampler)
 
 LEAST_NOISE_FOR_PLD = 0.3
 """Below this noise multiplier the privacy loss distribution is wide and costly: Renyi divergences only, unless it is asked for."""
 
-LEAST_DELTA_FOR_PLD = 1e-12
-"""Below this delta the rounding of the Fourier transforms shows."""
+COARSEST, FINEST = 4096, {"PoissonSampledDpEvent": 2**19, "TruncatedSubsampledGaussianDpEvent": 2**17, "MixtureOfGaussiansDpEvent": 2**16}
+"""Points of the coarsest grid of losses that is tried, and the limit of the finest, by what a point costs."""
 
 MOST_ROUNDS = 10_000_000
 """What `affordable_rounds` returns at most."""
+
+MOST_NOISE = 1e6
+"""The largest noise multiplier that `calibrate_noise` tries."""
 
 CLOSE = 1e-3
 """How far under its target a calibrated epsilon may stay, and how much a finer grid may change an epsilon, relatively."""
@@ -117,34 +120,31 @@ def epsilons(
         ValueError: a number out of range, or an accountant or adjacency that is not known for this sampler.
     """
     _check(noise_multiplier, rounds, delta)
-    adjacency = adjacency or sampler.adjacency
-    event = _event(sampler, noise_multiplier, adjacency)
-    found = {}
-    for accountant in _chosen(event, adjacency, noise_multiplier, delta, accountants, sampler.name):
-        found[accountant] = Guarantee(
-            epsilon=0.0 if rounds == 0 else float(_COMPUTED_BY[accountant](event, adjacency, rounds, delta)),
-            delta=delta,
-            adjacency=adjacency,
-            unit=sampler.unit,
-            sampler=sampler.name,
-            accountant=accountant,
-            sampling_rate=sampler.rate,
-            noise_multiplier=noise_multiplier,
-            rounds=rounds,
-        )
+    question = Guarantee(
+        epsilon=0.0,
+        delta=delta,
+        adjacency=adjacency or sampler.adjacency,
+        unit=sampler.unit,
+        sampler=sampler.name,
+        accountant="",
+        sampling_rate=sampler.rate,
+        noise_multiplier=noise_multiplier,
+        rounds=rounds,
+    )
+    event = _event(sampler, noise_multiplier, adjacency or sampler.adjacency)
+    found = dict[str, Guarantee]()
+    for accountant in _chosen(event, accountants, question):
+        epsilon = _COMPUTED_BY[accountant](event, adjacency or sampler.adjacency, rounds, delta) if rounds else 0.0
+        found[accountant] = dataclasses.replace(question, epsilon=float(epsilon), accountant=accountant)
     return found
 
 
-def guarantee(
-    sampler: Sampler, noise_multiplier: float, rounds: int, delta: float, *, adjacency: Adjacency | None = None
-) -> Guarantee:
+def guarantee(sampler: Sampler, noise_multiplier: float, rounds: int, delta: float, *, adjacency: Adjacency | None = None) -> Guarantee:
     """Return the smallest of the valid upper bounds on epsilon; see `epsilons`."""
     return min(epsilons(sampler, noise_multiplier, rounds, delta, adjacency=adjacency).values(), key=lambda g: g.epsilon)
 
 
-def calibrate_noise(
-    sampler: Sampler, target_epsilon: float, rounds: int, delta: float, *, adjacency: Adjacency | None = None
-) -> float:
+def calibrate_noise(sampler: Sampler, target_epsilon: float, rounds: int, delta: float, *, adjacency: Adjacency | None = None) -> float:
     """Return the smallest noise multiplier, up to a thousandth of epsilon, whose `guarantee` is at most the target.
 
     Args:
@@ -161,23 +161,28 @@ def calibrate_noise(
     if rounds < 1:
         raise ValueError(f"Expected at least 1 round to calibrate the noise for, got {rounds}; no round needs no noise.")
 
-    def excess(noise_multiplier: float) -> float:
-        return _excess(guarantee(sampler, noise_multiplier, rounds, delta, adjacency=adjacency).epsilon, target_epsilon)
+    def excess(noise_multiplier: float, cheap: bool = False) -> float:
+        return _excess(sampler, noise_multiplier, rounds, delta, adjacency, target_epsilon, cheap)
 
-    low = high = LEAST_NOISE_FOR_PLD
-    above = below = excess(high)
-    while below > 0:
-        low, above = high, below
+    high = LEAST_NOISE_FOR_PLD
+    while excess(high, cheap=high < 100) > 0:
         high *= 2
-        below = excess(high)
+        if high > MOST_NOISE:
+            raise ValueError(
+                f"No noise multiplier up to {MOST_NOISE:g} is known to keep epsilon under {target_epsilon:g}; take a larger one."
+            )
+    while excess(high / 2, cheap=True) <= 0:
+        high /= 2
+    low, above, below = high / 2, excess(high / 2), excess(high)
     while above <= 0:
-        high, below = low, above
-        low /= 2
-        above = excess(low)
-    while below < -CLOSE and high / low > 1 + 1e-6:
-        tried = math.exp(_between(math.log(low), above, math.log(high), below))
-        found = excess(tried)
-        low, above, high, below = (low, above, tried, found) if found <= 0 else (tried, found, high, below)
+        low, high, above, below = low / 2, low, excess(low / 2), above
+    search = _Search(math.log(low), above, math.log(high), below)
+    while below < -CLOSE and search.width > 1e-6:
+        tried = search.next(-CLOSE / 2)
+        found = excess(math.exp(tried))
+        search.narrow(tried, found)
+        if found <= 0:
+            high, below = math.exp(tried), found
     return high
 
 
@@ -191,24 +196,31 @@ def affordable_rounds(
     """
     _check_target(target_epsilon)
 
-    def excess(rounds: int) -> float:
-        return _excess(guarantee(sampler, noise_multiplier, rounds, delta, adjacency=adjacency).epsilon, target_epsilon)
+    def excess(rounds: int, cheap: bool = False) -> float:
+        return _excess(sampler, noise_multiplier, rounds, delta, adjacency, target_epsilon, cheap)
 
-    low, below, high, above = 0, -math.inf, 1, excess(1)
+    low = 1
+    while low < MOST_ROUNDS and excess(low, cheap=True) <= 0:
+        low = min(4 * low, MOST_ROUNDS)
+    low = max(1, low // 4)
+    high, below, above = low, excess(low), -math.inf
+    if below > 0:
+        return 0
     while above <= 0:
         if high == MOST_ROUNDS:
             return MOST_ROUNDS
-        low, below, high = high, above, min(4 * high, MOST_ROUNDS)
+        low, below, high = high, above if math.isfinite(above) else below, min(4 * high, MOST_ROUNDS)
         above = excess(high)
+    search = _Search(math.log(low), below, math.log(high), above)
     while high > low + 1:
-        tried = round(math.exp(_between(math.log(max(low, 0.5)), below, math.log(high), above)))
-        tried = min(max(tried, low + 1), high - 1)
+        tried = min(max(round(math.exp(search.next(0.0))), low + 1), high - 1)
         found = excess(tried)
-        low, below, high, above = (tried, found, high, above) if found <= 0 else (low, below, tried, found)
+        search.narrow(math.log(tried), found)
+        low, high = (tried, high) if found <= 0 else (low, tried)
     return low
 
 
-def extrapolate(sampler: S, noise_multiplier: float, population: int, cohort: float) -> tuple[S, float]:
+def extrapolate(sampler: AnySampler, noise_multiplier: float, population: int, cohort: float) -> tuple[AnySampler, float]:
     """Return the sampler and the noise multiplier of a larger population and cohort with the same noise on the mean, `sigma = z / S`.
 
     A model that was trained with `sigma` behaves as it would have with the larger cohort, whose epsilon is that of `z' = sigma S'` and
@@ -223,7 +235,9 @@ def extrapolate(sampler: S, noise_multiplier: float, population: int, cohort: fl
         cap = None if sampler.max_cohort is None else math.ceil(sampler.max_cohort * scale)
         larger = dataclasses.replace(sampler, population=population, cohort=cohort, max_cohort=cap)
     elif isinstance(sampler, FixedSize):
-        larger = dataclasses.replace(sampler, population=population, cohort=int(cohort) if cohort == int(cohort) else cohort)
+        if cohort != int(cohort):
+            raise ValueError(f"Expected a whole cohort for a fixed size, got {cohort}.")
+        larger = dataclasses.replace(sampler, population=population, cohort=int(cohort))
     else:
         raise ValueError(f"Expected a Poisson or FixedSize sampler to extrapolate from, got {type(sampler).__name__}.")
     return larger, noise_multiplier * scale
@@ -243,17 +257,45 @@ def _check_target(target_epsilon: float) -> None:
         raise ValueError(f"Expected a finite target epsilon over 0, got {target_epsilon}.")
 
 
-def _excess(epsilon: float, target: float) -> float:
-    """Return by how much an epsilon is over its target, on a scale on which it is nearly a power law of noise and rounds."""
+def _excess(
+    sampler: Sampler, noise_multiplier: float, rounds: int, delta: float, adjacency: Adjacency | None, target: float, cheap: bool
+) -> float:
+    """Return by how much epsilon is over a target, on a scale on which it is nearly a power law; `cheap`: an upper bound of that."""
+    names = None
+    if cheap:
+        relation = adjacency or sampler.adjacency
+        names = [a for a in _possible(_event(sampler, noise_multiplier, relation), relation) if a != "pld"] or None
+    epsilon = min(g.epsilon for g in epsilons(sampler, noise_multiplier, rounds, delta, names, adjacency=adjacency).values())
     return -math.inf if epsilon == 0 else math.log(epsilon / target)
 
 
-def _between(low: float, at_low: float, high: float, at_high: float) -> float:
-    """Return where to look next for a root: a little on the private side of a straight line, in the middle where there is none."""
-    if not (math.isfinite(at_low) and math.isfinite(at_high)):
-        return (low + high) / 2
-    share = (at_low + CLOSE / 2) / (at_low - at_high)
-    return low + min(max(share, 0.05), 0.95) * (high - low)
+class _Search:
+    """A bracketed root: the false position with the Illinois rule, the middle where a value is infinite."""
+
+    def __init__(self, low: float, at_low: float, high: float, at_high: float) -> None:
+        self._ends, self._last = [(low, at_low), (high, at_high)], 0
+
+    @property
+    def width(self) -> float:
+        """How far the two ends lie apart."""
+        return self._ends[1][0] - self._ends[0][0]
+
+    def next(self, aim: float) -> float:
+        """Return where to look for the value `aim`."""
+        (low, at_low), (high, at_high) = self._ends
+        if not (math.isfinite(at_low) and math.isfinite(at_high)):
+            return (low + high) / 2
+        share = (at_low - aim) / (at_low - at_high)
+        return low + min(max(share, 0.01), 0.99) * (high - low)
+
+    def narrow(self, tried: float, found: float) -> None:
+        """Replace the end on whose side of zero the value is."""
+        side = 0 if (found <= 0) == (self._ends[0][1] <= 0) else 1
+        self._ends[side] = (tried, found)
+        other, value = self._ends[1 - side]
+        if self._last == side + 1:
+            self._ends[1 - side] = (other, value / 2)
+        self._last = side + 1
 
 
 def _event(sampler: Sampler, noise_multiplier: float, adjacency: Adjacency) -> "DpEvent":
@@ -285,26 +327,20 @@ def _possible(event: "DpEvent", adjacency: Adjacency) -> list[Accountant]:
     return found
 
 
-def _chosen(
-    event: "DpEvent", adjacency: Adjacency, noise_multiplier: float, delta: float, asked: Sequence[Accountant] | None, name: str
-) -> list[Accountant]:
+def _chosen(event: "DpEvent", asked: Sequence[Accountant] | None, question: Guarantee) -> list[Accountant]:
+    adjacency: Any = question.adjacency
     possible = _possible(event, adjacency)
-    if "pld" in possible and delta < LEAST_DELTA_FOR_PLD:
-        possible.remove("pld")
+    if 2 * _rounding(question.rounds) > question.delta:
+        possible = [a for a in possible if a != "pld"]
+    what = f"the sampler {question.sampler} under {adjacency} at delta {question.delta:g} after {question.rounds} rounds"
     if not possible:
-        raise ValueError(
-            f"No accountant knows the sampler {name} under {adjacency} at delta {delta:g}; take the sampler's own adjacency, and a "
-            f"delta of at least {LEAST_DELTA_FOR_PLD:g}."
-        )
+        raise ValueError(f"No accountant knows {what}; take the sampler's own adjacency, a larger delta or fewer rounds.")
     if asked is None:
-        cheap = noise_multiplier >= LEAST_NOISE_FOR_PLD or "rdp" not in possible
+        cheap = question.noise_multiplier >= LEAST_NOISE_FOR_PLD or "rdp" not in possible
         return possible if cheap else [a for a in possible if a != "pld"]
     wrong = [a for a in asked if a not in possible]
     if wrong or not asked:
-        raise ValueError(
-            f"Expected accountants among {', '.join(possible)} for the sampler {name} under {adjacency} at delta {delta:g}, got "
-            f"{', '.join(wrong) or 'none'}."
-        )
+        raise ValueError(f"Expected accountants among {', '.join(possible)} for {what}, got {', '.join(wrong) or 'none'}.")
     return list(dict.fromkeys(asked))
 
 
@@ -317,7 +353,8 @@ def _relation(adjacency: Adjacency) -> "NeighboringRelation":
 def _closed_form(event: Any, adjacency: Adjacency, rounds: int, delta: float) -> float:
     from dp_accounting import get_epsilon_gaussian
 
-    return float(get_epsilon_gaussian(event.noise_multiplier / math.sqrt(rounds), delta))
+    with np.errstate(divide="ignore"):  # the logarithm of a delta of zero
+        return float(get_epsilon_gaussian(event.noise_multiplier / math.sqrt(rounds), delta))
 
 
 @contextmanager
@@ -343,10 +380,10 @@ def _renyi(event: "DpEvent", adjacency: Adjacency) -> tuple[np.ndarray, np.ndarr
     """
     from dp_accounting.rdp import RdpAccountant
 
-    orders = [1 + 10.0 ** (k / 25) for k in range(-150, 25)] + [math.floor(11 * 2 ** (k / 6)) for k in range(46)]
+    orders = [1 + 10.0 ** (k / 30) for k in range(-180, 30)] + [*range(2, 11), *(math.floor(11 * 2 ** (k / 6)) for k in range(46))]
     with _silent():
         accountant = RdpAccountant(orders, _relation(adjacency)).compose(event)
-    return accountant.orders, np.maximum(accountant.rdp, 0.0)
+    return np.asarray(accountant.orders), np.maximum(accountant.rdp, 0.0)
 
 
 def _rdp(event: "DpEvent", adjacency: Adjacency, rounds: int, delta: float) -> float:
@@ -398,20 +435,37 @@ def _span(event: Any, adjacency: Adjacency) -> float:
     return (top - math.log1p(-q) if q < 1 else 2 * top) * (2 if adjacency == "replace-one" else 1)
 
 
+@lru_cache(maxsize=64)
+def _level(event: "DpEvent", adjacency: Adjacency, rounds: int, delta: float) -> int:
+    """Return how fine a grid of losses must be: every grid gives an upper bound, and a finer one than this gives the same or worse."""
+    span = _span(event, adjacency)
+    level = math.ceil(math.log(COARSEST / span, 4))
+    best = _composed(event, adjacency, level, rounds, delta)
+    while best > 0 and max(span, best / 4) * 4.0 ** (level + 1) < FINEST[type(event).__name__]:
+        found = _composed(event, adjacency, level + 1, rounds, delta)
+        if found < best:
+            level += 1
+        if found > best * (1 - CLOSE / 2):
+            break
+        best = found
+    return level
+
+
+def _composed(event: "DpEvent", adjacency: Adjacency, level: int, rounds: int, delta: float) -> float:
+    losses = _losses(event, adjacency, 4.0**-level).self_compose(rounds)
+    spared = delta - _rounding(rounds)
+    # The library's search for epsilon overflows where epsilon is 0.
+    return 0.0 if losses.get_delta_for_epsilon(0.0) <= spared else float(losses.get_epsilon_for_delta(spared))
+
+
+def _rounding(rounds: int) -> float:
+    """Return how much of delta is set aside for the rounding of the Fourier transforms, a multiple of the largest error seen."""
+    return 2e-14 * math.pow(rounds, 0.7)
+
+
 def _pld(event: "DpEvent", adjacency: Adjacency, rounds: int, delta: float) -> float:
-    """Return epsilon by composing losses on finer and finer grids, each of which gives an upper bound, until it moves no more."""
-    span, best = _span(event, adjacency), math.inf
-    level = math.ceil(math.log(4096 / span, 4))
-    while True:
-        step = 4.0**-level
-        composed = _losses(event, adjacency, step).self_compose(rounds)
-        # The library's search for epsilon overflows below 0.
-        found = 0.0 if composed.get_delta_for_epsilon(0.0) <= delta else float(composed.get_epsilon_for_delta(delta))
-        moved, best = best - found, min(best, found)
-        finest = span / step > 2**18 or best / step > 2**20 or step < 4e-6
-        if best == 0 or moved < CLOSE / 2 * best or finest:
-            return best
-        level += 1
+    # One grid for all numbers of rounds up to the next power of two, so that a run may ask after every round.
+    return _composed(event, adjacency, _level(event, adjacency, 1 << (rounds - 1).bit_length(), delta), rounds, delta)
 
 
 _COMPUTED_BY: dict[str, Callable[["DpEvent", Adjacency, int, float], float]] = {"closed_form": _closed_form, "rdp": _rdp, "pld": _pld}

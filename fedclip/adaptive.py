@@ -72,10 +72,10 @@ class AdaptiveClip(Options):
             return 0.5 + total / (2 * users) if users else None
         return 0.5 + (total / 2 + rng.standard_normal(total.size) * (self.bits_noise * cohort)) / cohort
 
-    def step(self, thresholds: Sequence[float], fractions: np.ndarray | None) -> tuple[float, ...]:
+    def step(self, thresholds: Sequence[float], fractions: Sequence[float] | None) -> tuple[float, ...]:
         """Return the bounds of the next round."""
         if fractions is None:
             return tuple(thresholds)
-        moved = [c * math.exp(-self.lr * (float(b) - self.quantile)) for c, b in zip(thresholds, fractions, strict=True)]
+        moved = [c * math.exp(-self.lr * (b - self.quantile)) for c, b in zip(thresholds, fractions, strict=True)]
         least = max(SMALLEST, max(moved) / LARGEST_SPREAD)
         return tuple(min(max(c, least), LARGEST) for c in moved)

@@ -25,6 +25,10 @@ class RunOptions(Options):
     """The run folder, which must not hold a run yet; by default `runs/NAME-DATE-TIME`."""
     data_dir: Path | None = None
     """Folder of the data, read in place."""
+    init_from: Path | None = None
+    """A model or a run folder whose weights the run begins with; by default the weights are drawn."""
+    init_digest: str | None = None
+    """What `init_from` held: written into the resolved configuration, since it changes the result."""
     engine: Literal["ray", "process"] = "ray"
     """`ray`: Flower messages to Ray actors; `process`: everything in this process. The result has the same bits."""
     reply: Literal["sums", "updates"] = "sums"

@@ -14,8 +14,8 @@ from fedclip.layout import Layout
 from fedclip.local import LocalSGD
 from fedclip.optimizers import Optimizer
 from fedclip.release import Release
-from fedclip.sampling import Poisson
-from fedclip.transform import UNBOUNDED, Bound, Chain, State
+from fedclip.sampling import Poisson, Sampler
+from fedclip.transform import UNBOUNDED, Bound, Chain, State, has_content
 
 
 def user_weight(examples: int, weighting: Weighting, max_examples: int | None) -> float:
@@ -43,13 +43,13 @@ class Method:
         adaptive: how the bounds of the last clip move; None: they stay.
 
     Raises:
-        ValueError: a client chain with state; under noise, a chain without a clip or with a stage after its last clip that bounds
-            nothing; weights without a limit under noise; adaptive bounds where the
+        ValueError: under noise, a chain without a clip or with a stage after its last clip that bounds nothing; a chain with
+            state where a user's coming depends on others; weights without a limit under noise; adaptive bounds where the
             last stage that clips is no plain clip; momentum on both sides of the same tensor; a server chain
             that does not end with an optimizer.
     """
 
-    sampler: Poisson
+    sampler: Sampler
     local: LocalSGD
     client: Chain
     server: Chain
@@ -65,10 +65,6 @@ class Method:
             raise ValueError(f"Expected a server chain that ends with an optimizer, got {self.server.name}; end it with sgd, adam or lamb.")
         if self.private:
             self._check_private()
-        if _has_content(self.client.init(Layout(("probe",), ((),), ("probe",)))):
-            raise ValueError(
-                f"{self.client.name} keeps a state for each user, which runs do not keep between rounds; use a stage without state."
-            )
         if self.adaptive is not None and _plain_clip(self.client) is None:
             raise ValueError(
                 f"Adaptive bounds need clip_by_global_norm, or clip_per_layer in mode clip, as the last clip; {self.client.name} has none."
@@ -85,6 +81,11 @@ class Method:
     def private(self) -> bool:
         """Whether the release adds noise."""
         return self.release.mechanism is not None
+
+    @property
+    def stateful(self) -> bool:
+        """Whether the client chain keeps a state for each user."""
+        return has_content(self.client.init(Layout(("probe",), ((),), ("probe",))))
 
     def bound(self, layout: Layout) -> Bound:
         """Return the bound on one user's update that the guard enforces."""
@@ -134,6 +135,11 @@ class Method:
             raise ValueError(
                 f"Under noise nothing after the last clip may enlarge an update, and {stage.name} can without limit; clip after it."
             )
+        if self.stateful and not (isinstance(self.sampler, Poisson) and self.sampler.max_cohort is None):
+            raise ValueError(
+                f"{self.client.name} keeps a state for each user, and under noise that needs each user to come by a coin of its own; "
+                f"{self.sampler.name} sampling ties users to each other: use Poisson sampling without max_cohort."
+            )
         if self.weighting == "examples" and self.max_examples is None:
             raise ValueError(
                 "Under noise weights by examples need max_examples: w = min(n, max_examples) / max_examples bounds what one user adds."
@@ -170,10 +176,6 @@ def _plain_clip(client: Chain) -> ClipByGlobalNorm | ClipPerLayer | None:
     if isinstance(last, ClipByGlobalNorm) or (isinstance(last, ClipPerLayer) and last.mode == "clip"):
         return last
     return None
-
-
-def _has_content(state: State) -> bool:
-    return any(_has_content(s) for s in state) if isinstance(state, tuple) else state is not None
 
 
 def noise_to_bound(method: Method, layout: Layout) -> float:

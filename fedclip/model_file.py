@@ -16,12 +16,26 @@ FORMAT = "fedclip-model-1"
 
 
 def save_model(path: Path, params: torch.Tensor, layout: Layout, experiment: Experiment, round: int) -> None:
-    """Write a model so that the file is there whole or not at all; `params` has shape (d,)."""
+    """Write a model so that the file is there whole or not at all; `params` has shape (d,).
+
+    Raises:
+        OSError: it cannot be written.
+    """
     views = zip(layout.names, layout.shapes, layout.split(params.cpu()), strict=True)
     tensors = {name: values.view(shape).clone() for name, shape, values in views}
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file(tensors, temporary, {"format": FORMAT, "experiment": json.dumps(experiment.plain()), "round": str(round)})
+    metadata = {"format": FORMAT, "experiment": json.dumps(experiment.plain()), "round": str(round)}
+    try:
+        save_file(tensors, temporary, metadata)
+    except SafetensorError as error:  # the library says so of a full disk too
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"{path} cannot be written: {error}") from error
     temporary.replace(path)
+
+
+def model_path(place: Path) -> Path:
+    """Return the file of a model: of a run folder the last model, else the file itself."""
+    return place / "checkpoints" / "model.safetensors" if place.is_dir() else place
 
 
 def load_model(path: Path) -> tuple[Experiment, dict[str, torch.Tensor]]:

@@ -1,9 +1,9 @@
 """One federated round as functions, from left to right: the same in one process, on Ray and on devices.
 
-    begin -> [train_user -> open_payload] a user, in blocks -> finish
+    begin -> [train_user -> take] a user, in blocks -> release -> advance
 
 `begin` draws the cohort and says all that clients need (`RoundSpec`, plain data); `train_blocks` does the users of some blocks and
-gives their exact sum; `finish` adds the sums, releases the mean and takes the server step.
+gives their exact sum; `release` adds the sums and releases the mean; `advance` takes the server step.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,8 +31,9 @@ from fedclip.rng import Streams
 from fedclip.stages import build_stage, describe_stage
 from fedclip.tally import Tally, add_up, number
 from fedclip.tasks.base import Counts, Task
-from fedclip.transform import Chain, Ctx, Transform
+from fedclip.transform import Chain, Ctx, Transform, has_content
 from fedclip.update import Dense, Update, finite_or_zero, scale, to_dense
+from fedclip.user_states import UserStates
 
 log = logging.getLogger(__name__)
 
@@ -135,12 +136,37 @@ class Partial:
 
 
 @dataclass(frozen=True, eq=False)
+class Released:
+    """All that leaves a release, and all that the server step sees of a round.
+
+    Attributes:
+        round: round number.
+        attempt: how many releases the round had before.
+        mean: the mean over users, float32, shape (d,), noised under noise.
+        fractions: of users within each adaptive bound, noised under noise; None where bounds stay, or without noise nobody came.
+        tally: what was measured of users: not private.
+        errors: what failed users said.
+    """
+
+    round: int
+    attempt: int
+    mean: torch.Tensor
+    fractions: tuple[float, ...] | None
+    tally: Tally
+    errors: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
 class Outcome:
-    """What a round made: the next state, the tally over users in cohort order, and what failed users said, a line each."""
+    """What a round made: the next state, the tally over users in cohort order, and what failed users said, a line each.
+
+    `attempt` is how many releases the round had before.
+    """
 
     state: ServerState
     tally: Tally
     errors: tuple[str, ...]
+    attempt: int = 0
 
 
 def begin(method: Method, state: ServerState, layout: Layout, secret: str, run: str, account: Account | None = None) -> Plan:
@@ -151,7 +177,8 @@ def begin(method: Method, state: ServerState, layout: Layout, secret: str, run: 
     """
     if account is not None:
         account.check()
-    streams = Streams(secret, run, state.round + 1, state.attempt)
+    attempt = state.attempt if account is None else account.attempts(state.round + 1)
+    streams = Streams(secret, run, state.round + 1, attempt)
     cohort = method.sampler.draw(streams.generator("cohort"))
     now = method.for_round(state.thresholds, layout)
     largest_weight = 1.0 if method.private or method.weighting == "uniform" else 2.0**16
@@ -188,13 +215,26 @@ class WorkerError(RuntimeError):
 
 
 class Client:
-    """The client side of one round at one site: the stages rebuilt from the specification, the model as it was sent."""
+    """The client side of one round at one site: the stages rebuilt from the specification, the model as it was sent.
 
-    def __init__(self, site: Site, spec: RoundSpec) -> None:
+    Args:
+        site: where users train.
+        spec: what the server said.
+        states: where the states of users are; None where the chain has none.
+
+    Raises:
+        ValueError: the chain has a state, and there is no place for it.
+    """
+
+    def __init__(self, site: Site, spec: RoundSpec, states: UserStates | None = None) -> None:
         self.site, self.spec, self.layout = site, spec, site.replica.layout
         self.local: LocalSGD = build_stage(spec.local)
         self.chain = Chain(tuple(build_stage(s) for s in spec.client))
         self.codec: Codec = build_stage(spec.codec)
+        self.fresh = self.chain.init(self.layout)
+        self.states = states if has_content(self.fresh) else None
+        if states is None and has_content(self.fresh):
+            raise ValueError(f"{self.chain.name} keeps a state for each user, and there is no place to keep it; give a folder for it.")
         self.params = to_dense(self.codec.decode(spec.params, self.layout), self.layout).to(site.replica.params.device)
 
     def train_user(self, user: int) -> Contribution:
@@ -211,6 +251,11 @@ class Client:
         contribution.tally["train_seconds"] = time.perf_counter() - start
         return contribution
 
+    def sync(self) -> None:
+        """Wait until the states of the users that were trained are durable."""
+        if self.states is not None:
+            self.states.sync()
+
     def _train(self, user: int) -> Contribution:
         task, replica, streams = self.site.task, self.site.replica, self.spec.streams
         examples = task.load_user(user, streams.generator("data", user))
@@ -225,8 +270,11 @@ class Client:
         if self.spec.private:
             update = scale(update, weight)
         ctx = Ctx(self.layout, streams.generator("chain", user), streams.round, self.params, weight)
-        step = self.chain.apply(update, self.chain.init(self.layout), ctx)
+        state = self.fresh if self.states is None else self.states.load(user, streams.round, self.fresh)
+        step = self.chain.apply(update, state, ctx)
         payload = self.codec.encode(step.update, self.layout)
+        if self.states is not None:
+            self.states.stage(user, streams.round, streams.attempt, step.state)
         bits = pack_bits(step.clip_bits) if self.spec.clip_bits else b""
         tally: Tally = {"users": 1.0, "uplink_bytes": float(len(payload) + len(bits)), "not_finite": float(not finite), **left_out}
         if math.isfinite(loss):
@@ -281,12 +329,13 @@ class Collector:
         return Partial(self.fold.total, self.fold.users, self.tallies, tuple(self.errors), tuple(self.clip_bits.tolist()))
 
 
-def train_blocks(site: Site, spec: RoundSpec, blocks: Iterable[Block]) -> Partial:
-    """Train the users of some blocks one after another and return their exact sum."""
-    client, collector = Client(site, spec), Collector(spec, site.replica.layout)
+def train_blocks(site: Site, spec: RoundSpec, blocks: Iterable[Block], states: UserStates | None = None) -> Partial:
+    """Train the users of some blocks one after another and return their exact sum; what the chain keeps of users is durable by then."""
+    client, collector = Client(site, spec, states), Collector(spec, site.replica.layout)
     for block, users in blocks:
         for user in users:
             collector.take(block, client.train_user(user))
+    client.sync()
     return collector.partial()
 
 
@@ -306,10 +355,10 @@ def unpack_bits(packed: bytes, count: int) -> np.ndarray:
     return 2 * np.unpackbits(np.frombuffer(packed, dtype=np.uint8), count=count).astype(np.int64) - 1
 
 
-def finish(
+def release(
     method: Method, state: ServerState, layout: Layout, plan: Plan, partials: Iterable[Partial], account: Account | None = None
-) -> Outcome:
-    """Add the sums, charge the account, release the mean, take the server step.
+) -> Released:
+    """Add the sums, charge the account, and release the mean and the fractions of users within adaptive bounds.
 
     Under noise the account is charged before the noise is drawn: a release that is not in the ledger is never made.
 
@@ -324,23 +373,54 @@ def finish(
         tallies |= part.tallies
         errors += part.errors
     tally = add_up(tallies[n] for n in sorted(tallies))
+    taken = number(tally, "users") + number(tally, "failed_users") + number(tally, "users_without_data")
+    tally["downlink_bytes"] = taken * len(plan.spec.params)
     streams, now = plan.spec.streams, method.for_round(state.thresholds, layout)
     bound, noise = now.bound(layout), streams.generator("noise")
     if account is not None and method.release.mechanism is not None:
         account.charge(streams.run, streams.round, streams.attempt, method.release.mechanism.noise_multiplier, bound.total)
     mean = now.release.apply(fold.result().numpy(), number(tally, "weight"), bound, layout, noise)
+    fractions = None
+    if method.adaptive is not None:
+        cohort = method.sampler.expected_cohort if method.private else None
+        fractions = method.adaptive.fractions(bits, fold.users, cohort, noise)
+    within = None if fractions is None else tuple(fractions.tolist())
+    return Released(streams.round, streams.attempt, torch.from_numpy(mean).float(), within, tally, tuple(errors))
+
+
+def advance(method: Method, state: ServerState, layout: Layout, streams: Streams, released: Released) -> Outcome:
+    """Take the server step on what was released. It sees nothing else, so that it can be taken again after a crash."""
     ctx = Ctx(layout, streams.generator("server"), streams.round, state.params)
-    step = method.server.apply(Dense(torch.from_numpy(mean).float()), state.server, ctx)
+    step = method.server.apply(Dense(released.mean), state.server, ctx)
     params = state.params - to_dense(step.update, layout)
-    taken = number(tally, "users") + number(tally, "failed_users") + number(tally, "users_without_data")
-    tally["downlink_bytes"] = taken * len(plan.spec.params)
-    tally |= {f"server.{k}": list(v) if isinstance(v, tuple) else v for k, v in step.measurements.items()}
+    tally = dict(released.tally) | {f"server.{k}": list(v) if isinstance(v, tuple) else v for k, v in step.measurements.items()}
     thresholds = state.thresholds
     if method.adaptive is not None:
-        tally |= {"server.max_norm": bound.total} | ({"server.layer_max_norm": list(thresholds)} if len(thresholds) > 1 else {})
-        cohort = method.sampler.expected_cohort if method.private else None
-        thresholds = method.adaptive.step(thresholds, method.adaptive.fractions(bits, fold.users, cohort, noise))
-    return Outcome(ServerState(params, step.state, state.round + 1, thresholds=thresholds), tally, tuple(errors))
+        tally["server.max_norm"] = math.hypot(*thresholds)
+        if len(thresholds) > 1:
+            tally["server.layer_max_norm"] = list(thresholds)
+        thresholds = method.adaptive.step(thresholds, released.fractions)
+    return Outcome(ServerState(params, step.state, state.round + 1, thresholds=thresholds), tally, released.errors, released.attempt)
+
+
+def finish(
+    method: Method,
+    state: ServerState,
+    layout: Layout,
+    plan: Plan,
+    partials: Iterable[Partial],
+    account: Account | None = None,
+    keep: Callable[[Released], None] | None = None,
+) -> Outcome:
+    """Release and take the server step; `keep` makes what was released durable between the two.
+
+    Raises:
+        FoldOverflow: as `release`.
+    """
+    released = release(method, state, layout, plan, partials, account)
+    if keep is not None:
+        keep(released)
+    return advance(method, state, layout, plan.spec.streams, released)
 
 
 def evaluate_units(site: Site, params: torch.Tensor, units: Iterable[int]) -> list[tuple[int, Counts]]:

@@ -166,7 +166,7 @@ class FixedSize:
 
     def __post_init__(self) -> None:
         _check_population(self.population)
-        if self.cohort != int(self.cohort) or not 1 <= self.cohort <= self.population:
+        if not (1 <= self.cohort <= self.population and self.cohort == int(self.cohort)):
             raise ValueError(f"Expected a whole cohort from 1 to the population, {self.population}, got {self.cohort}.")
 
     @property

@@ -9,8 +9,10 @@ from fedclip.layout import Layout
 from fedclip.method import Method, ServerState
 from fedclip.process import settle_process
 from fedclip.replica import Replica
-from fedclip.round import Outcome, Site, begin, evaluate_units, finish, train_blocks
+from fedclip.rng import Streams
+from fedclip.round import Outcome, Released, Site, advance, begin, evaluate_units, finish, train_blocks
 from fedclip.tasks.base import Task
+from fedclip.user_states import StatesInMemory, UserStates
 
 
 class InProcess:
@@ -23,16 +25,31 @@ class InProcess:
         run: the name of the run in the random streams.
         device: where to train.
         account: what the releases are charged to; None keeps no account.
+        states: where the states of users are; None: in memory.
 
     Attributes:
         state: the state after the last round.
+        keep: makes what was released durable before the server step; None: nothing does.
     """
 
-    def __init__(self, method: Method, task: Task, secret: str, run: str, device: str = "cpu", account: Account | None = None) -> None:
+    resumable = True
+
+    def __init__(
+        self,
+        method: Method,
+        task: Task,
+        secret: str,
+        run: str,
+        device: str = "cpu",
+        account: Account | None = None,
+        states: UserStates | None = None,
+    ) -> None:
         settle_process()
         self.method, self.site = method, Site(task, Replica(task.make_model(), device))
         self.state = ServerState.initial(initial_params(task), method, self.layout)
         self._secret, self._run, self.account = secret, run, account
+        self._states = states or StatesInMemory()
+        self.keep: Callable[[Released], None] | None = None
 
     @property
     def layout(self) -> Layout:
@@ -42,9 +59,21 @@ class InProcess:
     def round(self) -> Outcome:
         """Do one more round and return what it made."""
         plan = begin(self.method, self.state, self.layout, self._secret, self._run, self.account)
-        outcome = finish(self.method, self.state, self.layout, plan, [train_blocks(self.site, plan.spec, plan.blocks)], self.account)
+        partials = [train_blocks(self.site, plan.spec, plan.blocks, self._states)]
+        outcome = finish(self.method, self.state, self.layout, plan, partials, self.account, self.keep)
         self.state = outcome.state
         return outcome
+
+    def replay(self, released: Released) -> Outcome:
+        """Take the server step of a round that was released before."""
+        streams = Streams(self._secret, self._run, released.round, released.attempt)
+        outcome = advance(self.method, self.state, self.layout, streams, released)
+        self.state = outcome.state
+        return outcome
+
+    def restore(self, state: ServerState) -> None:
+        """Go on from another state."""
+        self.state = state
 
     def evaluate(self) -> dict[str, float]:
         """Return the metrics of the current model on all held-out units."""

@@ -232,3 +232,8 @@ class ErrorFeedback(Transform):
 def with_error_feedback(inner: Transform) -> ErrorFeedback:
     """Return `inner` with error feedback around it."""
     return ErrorFeedback(inner)
+
+
+def has_content(state: State) -> bool:
+    """Return whether a state holds anything: whether there is something to keep between rounds."""
+    return any(has_content(s) for s in state) if isinstance(state, tuple) else state is not None

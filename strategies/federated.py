@@ -1,8 +1,9 @@
 """`Federated`: the one Flower strategy. It runs any `Method`; what a method does is in its stages, never here."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from logging import INFO
+from pathlib import Path
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.common import log
@@ -15,7 +16,8 @@ from fedclip.codec import DenseCodec
 from fedclip.layout import Layout
 from fedclip.method import Method, ServerState
 from fedclip.process import settle_process
-from fedclip.round import Collector, Outcome, Partial, Plan, WorkerError, begin, deal, finish
+from fedclip.rng import Streams
+from fedclip.round import Collector, Outcome, Partial, Plan, Released, WorkerError, advance, begin, deal, finish
 from fedclip.simulation import initial_params
 from fedclip.tasks.base import Task
 from fedclip.tasks.build import TaskRecipe
@@ -36,10 +38,15 @@ class Federated(Strategy):
         device: where nodes train.
         reply: `"sums"` or `"updates"`.
         account: what the releases are charged to; None keeps no account.
+        states: the folder, shared by all workers, of what the client chain keeps of users.
+
+    Raises:
+        ValueError: the client chain keeps states of users, and there is no folder for them.
 
     Attributes:
         state: the state after the last round.
         outcome: what the last round made, None before the first.
+        keep: makes what was released durable before the server step; None: nothing does.
     """
 
     def __init__(
@@ -53,6 +60,7 @@ class Federated(Strategy):
         device: str = "cpu",
         reply: str = "sums",
         account: Account | None = None,
+        states: Path | None = None,
     ) -> None:
         settle_process()
         self.method, self.task = method, task
@@ -60,7 +68,11 @@ class Federated(Strategy):
         self.state = ServerState.initial(initial_params(self.task), method, self.layout)
         self.outcome: Outcome | None = None
         self._recipe, self._secret, self._run, self._device, self._reply = recipe.to_json(), secret, run, device, reply
+        if method.stateful and states is None:
+            raise ValueError(f"{method.client.name} keeps a state for each user; give a folder for them.")
         self.account = account
+        self.keep: Callable[[Released], None] | None = None
+        self._states = str(states.absolute()) if method.stateful and states is not None else ""
         self._plan: Plan | None = None
         self._sent = 0
 
@@ -84,7 +96,9 @@ class Federated(Strategy):
         nodes, spec = list(grid.get_node_ids()), self._plan.spec
         shares = deal(self._plan.blocks, len(nodes), self.task)
         model = messages.model_record(spec.params)
-        contents = [messages.train_request(spec, share, self._recipe, self._device, self._reply, model) for share in shares if share]
+        contents = [
+            messages.train_request(spec, share, self._recipe, self._device, self._reply, model, self._states) for share in shares if share
+        ]
         return self._address(contents, nodes, MessageType.TRAIN, server_round, grid)
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
@@ -96,7 +110,7 @@ class Federated(Strategy):
         if self._plan is None:
             raise RuntimeError("Expected configure_train before aggregate_train.")
         partials = self._partials(self._checked(replies), self._plan)
-        self.outcome = finish(self.method, self.state, self.layout, self._plan, partials, self.account)
+        self.outcome = finish(self.method, self.state, self.layout, self._plan, partials, self.account, self.keep)
         self.state, self._plan = self.outcome.state, None
         losses = self.outcome.tally.get("losses", 0.0)
         loss = self.outcome.tally.get("train_loss", 0.0)
@@ -130,6 +144,13 @@ class Federated(Strategy):
         self.aggregate_train(number, grid.send_and_receive(self.configure_train(number, self.arrays(), ConfigRecord(), grid)))
         if self.outcome is None:
             raise RuntimeError("Expected an outcome after aggregate_train.")
+        return self.outcome
+
+    def replay(self, released: Released) -> Outcome:
+        """Take the server step of a round that was released before."""
+        streams = Streams(self._secret, self._run, released.round, released.attempt)
+        self.outcome = advance(self.method, self.state, self.layout, streams, released)
+        self.state = self.outcome.state
         return self.outcome
 
     def evaluate(self, grid: Grid) -> dict[str, float]:

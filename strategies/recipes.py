@@ -221,6 +221,8 @@ def run_digest(experiment: Experiment) -> str:
     said["strategy"] = {method: without_defaults(RECIPES[method], arguments, "strategy", dict.fromkeys(OTHER_SECTIONS))}
     said["local"] = without_defaults(local_sgd, experiment.local, "local")
     said["seed"] = experiment.run.seed
+    if experiment.run.init_digest is not None:
+        said["init"] = experiment.run.init_digest
     return hashlib.blake2b(json.dumps(said, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
 
 

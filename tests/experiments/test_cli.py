@@ -33,7 +33,8 @@ def test_a_run_leaves_the_folder_that_is_documented(vision: Path, tmp_path: Path
     assert "3/3" in output
     assert "accuracy" in output
     names = {p.name for p in out.iterdir()}
-    assert names == {"config.toml", "environment.json", "metrics.jsonl", "summary.json", "checkpoints", "tensorboard", "curves.png"}
+    files = {"config.toml", "environment.json", "metrics.jsonl", "summary.json", "heartbeat.json", "ledger.jsonl", "curves.png", ".lock"}
+    assert names == files | {"checkpoints", "tensorboard"}
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [r["round"] for r in rows] == [1, 2, 3]
     expected = {

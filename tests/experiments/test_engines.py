@@ -79,3 +79,38 @@ def test_flower_start_runs_the_strategy_from_round_one(vision: Path, reference: 
         assert set(result.evaluate_metrics_clientapp) == {1, 2, 3}
         with pytest.raises(ValueError, match="Expected round 4, got 1"):
             strategy.start(grid, strategy.arrays(), num_rounds=1)
+
+
+STATEFUL = (
+    "strategy={client=[{with_error_feedback={inner={clip_by_global_norm={max_norm=0.2}}}}, {clip_per_layer={max_norm=0.5}}], "
+    "server=[{lamb={lr=0.02}}], adaptive={bits_noise=0.9}}"
+)
+"""A chain that remembers users, and bounds that adapt: 12 of the 60 users come each round, so that many come again."""
+
+
+@pytest.mark.usefixtures("ray_session")
+@pytest.mark.parametrize(("workers", "reply"), [(1, "sums"), (3, "sums"), (2, "updates")])
+def test_states_of_users_and_adaptive_bounds_have_the_bits_of_one_process(vision: Path, tmp_path: Path, workers: int, reply: str) -> None:
+    def ends(folder: Path, *overrides: str) -> tuple[torch.Tensor, tuple[float, ...], dict[str, bytes]]:
+        common = [STATEFUL, "sampler.cohort=12", "privacy.noise_multiplier=0.5"]
+        with open_engine(prepare(read_experiment(vision, [*common, *overrides])), folder) as engine:
+            folder.mkdir()
+            for _ in range(ROUNDS):
+                engine.round()
+            states = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*.state")}
+            return engine.state.params, engine.state.thresholds, states
+
+    here = ends(tmp_path / "process", "run.engine=process")
+    there = ends(tmp_path / "ray", f"run.workers={workers}", f"run.reply={reply}")
+    assert torch.equal(here[0], there[0])
+    assert here[1:] == there[1:]
+    assert len(here[2]) > 20
+    assert len({Path(name).parent for name in here[2]}) < len(here[2]), "nobody came twice"
+
+
+def test_on_ray_a_chain_that_remembers_users_needs_a_folder(vision: Path) -> None:
+    from strategies.federated import Federated
+
+    prepared = prepare(read_experiment(vision, [STATEFUL, "sampler.cohort=12", "privacy.noise_multiplier=0.5"]))
+    with pytest.raises(ValueError, match="give a folder"):
+        Federated(prepared.method, prepared.task, prepared.recipe, "s", "r")

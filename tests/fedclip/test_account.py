@@ -53,12 +53,13 @@ def changed(lines):
     yield "two lines swapped", [lines[1], lines[0], *lines[2:]]
     yield "a line twice", [*lines, lines[-1]]
     yield "a number changed", [lines[0], lines[1].replace('"noise_multiplier": 1.0', '"noise_multiplier": 2.0'), *lines[2:]]
+    yield "the last line's bound changed", [*lines[:-1], lines[-1].replace('"bound": 0.5', '"bound": 0.1')]
     yield "a space added", [lines[0].replace(": ", ":  ", 1), *lines[1:]]
     yield "not JSON", [*lines[:-1], lines[-1][:-2]]
     yield "another key", [*lines[:-1], lines[-1][:-1] + ', "x": 1}']
 
 
-@pytest.mark.parametrize("case", range(7))
+@pytest.mark.parametrize("case", range(8))
 def test_a_ledger_that_was_changed_is_refused(tmp_path, case):
     path = tmp_path / "ledger.jsonl"
     filled(path)
@@ -72,8 +73,12 @@ def test_a_ledger_that_is_cut_off_is_refused(tmp_path):
     path = tmp_path / "ledger.jsonl"
     filled(path)
     path.write_text(path.read_text()[:-1])
-    with pytest.raises(LedgerError, match="cut off"):
-        account(path)
+    with pytest.raises(LedgerError, match="line 4 is cut off"):
+        read_ledger(path)
+    kept, before = account(path), path.read_text()
+    with pytest.raises(LedgerError, match="line 4 is cut off"):
+        kept.charge("run", 4, 0, Z, 0.5)
+    assert path.read_text() == before
 
 
 def test_a_ledger_of_another_mechanism_is_refused(tmp_path):
@@ -162,7 +167,7 @@ def state_bound(adapted, path):
     streams = begin(adapted, ServerState.initial(torch.zeros(4), adapted, LAYOUT), LAYOUT, "seed:1", "run").spec.streams
     noise = streams.generator("noise")
     noise.standard_normal(4)
-    return adapted.adaptive.step((0.5,), adapted.adaptive.fractions(np.zeros(1), 0, 10.0, noise))[0]
+    return adapted.adaptive.step((0.5,), adapted.adaptive.fractions(np.zeros(1), 0, 10.0, noise).tolist())[0]
 
 
 def test_no_cohort_is_drawn_when_the_budget_is_spent(monkeypatch):

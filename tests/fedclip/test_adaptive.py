@@ -175,7 +175,7 @@ def test_bits_travel_whole(bits):
 def test_bounds_stay_where_the_clip_takes_them(fractions):
     thresholds = tuple(10.0**i for i in range(len(fractions)))
     for _ in range(200):
-        thresholds = AdaptiveClip(lr=2.0).step(thresholds, np.array(fractions))
+        thresholds = AdaptiveClip(lr=2.0).step(thresholds, fractions)
     assert max(thresholds) <= LARGEST_SPREAD * min(thresholds)
     names = tuple("abcdef"[: len(fractions)])
     ClipPerLayer(1.0).with_thresholds(thresholds, Layout(names, ((2,),) * len(names), names))

@@ -11,7 +11,7 @@ from fedclip.local import LocalSGD
 from fedclip.method import Method, ServerState, noise_to_bound, user_weight
 from fedclip.optimizers import LAMB, SGD, Adam
 from fedclip.release import Gaussian, Release
-from fedclip.sampling import Poisson
+from fedclip.sampling import FixedSize, Poisson
 from fedclip.schedules import Schedule
 from fedclip.transform import Bound, chain, with_error_feedback
 from tests.stages_of_tests import Amplify, Momentum, Round, TopK
@@ -26,7 +26,8 @@ PLAIN = SGD(Schedule.of(1.0))
 
 def method(client=(CLIP,), server=(PLAIN,), momentum=0.0, **more):
     local = LocalSGD(lr=0.1, steps=1, momentum=momentum)
-    return Method(sampler=Poisson(10, 5.0), local=local, client=chain(*client), server=chain(*server), **more)
+    given = {"sampler": Poisson(10, 5.0)} | more
+    return Method(local=local, client=chain(*client), server=chain(*server), **given)
 
 
 @pytest.mark.parametrize(
@@ -86,9 +87,15 @@ def test_momentum_on_one_side_is_taken():
     assert method(server=(Adam(Schedule.of(1.0), (0.0, 0.9)),), momentum=0.9)
 
 
-def test_a_client_chain_with_state_is_refused():
-    with pytest.raises(ValueError, match=r"with_error_feedback.*state"):
-        method((with_error_feedback(CLIP),))
+def test_under_noise_a_chain_with_state_needs_users_that_come_by_themselves():
+    """State keeps the amplification of Poisson sampling only: a cap or a fixed size ties one user's coming to the others."""
+    stateful = (with_error_feedback(CLIP),)
+    assert method(stateful, release=NOISE).stateful
+    for sampler in (FixedSize(20, 5), Poisson(20, 5.0, max_cohort=7)):
+        with pytest.raises(ValueError, match=r"with_error_feedback.*a coin of its own"):
+            method(stateful, release=NOISE, sampler=sampler)
+        assert method(stateful, sampler=sampler).stateful
+        assert not method((CLIP,), release=NOISE, sampler=sampler).stateful
 
 
 def test_a_server_chain_without_an_optimizer_is_refused():

@@ -1,0 +1,127 @@
+"""What a client chain remembers of a user between rounds: kept by user id, made at the first participation, committed with the round.
+
+A state of round r counts once round r is over: a user who takes part in a later round starts from the newest state of a round before it.
+Whatever a round that did not end has left behind is rolled back. There is no eviction: it would make one user's state depend on others.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Protocol
+
+from fedclip.sealed import pack_state, read_sealed, sealed, unpack_state
+from fedclip.storage import Storage
+from fedclip.transform import State
+
+KEPT_VERSIONS = 3
+"""Newest states kept of each user: as many as the checkpoints that a run may have to go back to, and one more."""
+
+USERS_A_FOLDER = 1000
+
+KIND = "user-state"
+END = ".state"
+
+
+class UserStates(Protocol):
+    """Where the states of users are."""
+
+    def load(self, user: int, round: int, template: State) -> State:
+        """Return what the user had after its last round before `round`; the template where it was never seen."""
+
+    def stage(self, user: int, round: int, attempt: int, state: State) -> None:
+        """Keep what the user has after a round that is not over yet."""
+
+    def sync(self) -> None:
+        """Wait until all that was staged is durable."""
+
+
+class StatesInMemory:
+    """The states of users in this process."""
+
+    def __init__(self) -> None:
+        self._versions: dict[int, list[tuple[int, State]]] = {}
+
+    def load(self, user: int, round: int, template: State) -> State:
+        """Return what the user had after its last round before `round`; the template where it was never seen."""
+        return next((state for r, state in reversed(self._versions.get(user, [])) if r < round), template)
+
+    def stage(self, user: int, round: int, attempt: int, state: State) -> None:
+        """Keep what the user has after a round."""
+        versions = [v for v in self._versions.get(user, []) if v[0] < round]
+        self._versions[user] = [*versions[1 - KEPT_VERSIONS :], (round, state)]
+
+    def sync(self) -> None:
+        """Nothing outlives this process."""
+
+
+class StatesInFolder:
+    """The states of users as files: `FOLDER/<id // 1000>/<id>/<round>-<attempt>.state`. Workers that share the folder share the states.
+
+    Args:
+        folder: where; made when first needed.
+        storage: the disk.
+    """
+
+    def __init__(self, folder: Path, storage: Storage | None = None) -> None:
+        self.folder, self._storage = folder, storage or Storage()
+        self._staged: list[Path] = []
+
+    def load(self, user: int, round: int, template: State) -> State:
+        """Return what the user had after its last round before `round`; the template where it was never seen.
+
+        Raises:
+            SealedFileError: the file is damaged, or of another user.
+            ValueError: it is the state of another chain.
+        """
+        before = [path for r, _, path in self._versions(self._place(user)) if r < round]
+        if not before:
+            return template
+        data, tensors = read_sealed(self._storage, before[-1], KIND)
+        if data["user"] != user:
+            raise ValueError(f"{before[-1]} holds the state of user {data['user']}, expected that of user {user}; files were swapped.")
+        return unpack_state(template, data["state"], tensors)
+
+    def stage(self, user: int, round: int, attempt: int, state: State) -> None:
+        """Keep what the user has after a round that is not over yet; the oldest of its states goes."""
+        place = self._place(user)
+        self._storage.make_folder(place)
+        versions = [v for v in self._versions(place) if v[0] < round]
+        for _, _, old in versions[: 1 - KEPT_VERSIONS]:
+            self._storage.remove(old)
+        path = place / f"{round:08d}-{attempt}{END}"
+        numbers, tensors = pack_state(state)
+        self._storage.write(path, sealed(KIND, {"user": user, "state": numbers}, tensors))
+        self._staged.append(path)
+
+    def sync(self) -> None:
+        """Wait until all that was staged since the last time is durable."""
+        for path in self._staged:
+            self._storage.sync(path)
+        for folder in sorted({folder for path in self._staged for folder in self._folders(path)}):
+            self._storage.sync_folder(folder)
+        self._staged = []
+
+    def roll_back(self, round: int) -> None:
+        """Take away what was staged after round `round`: rounds that did not end."""
+        for path in self._files():
+            if int(path.name.partition("-")[0]) > round:
+                self._storage.remove(path)
+
+    def _place(self, user: int) -> Path:
+        return self.folder / str(user // USERS_A_FOLDER) / str(user)
+
+    def _versions(self, place: Path) -> list[tuple[int, int, Path]]:
+        found = []
+        for name in self._storage.names(place):
+            if name.endswith(END):
+                round, _, attempt = name[: -len(END)].partition("-")
+                found.append((int(round), int(attempt), place / name))
+        return sorted(found)
+
+    def _files(self) -> Iterable[Path]:
+        for shelf in self._storage.folders(self.folder):
+            for place in self._storage.folders(self.folder / shelf):
+                for _, _, path in self._versions(self.folder / shelf / place):
+                    yield path
+
+    def _folders(self, path: Path) -> list[Path]:
+        return [path.parent, path.parent.parent, self.folder, self.folder.parent]

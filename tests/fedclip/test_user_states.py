@@ -1,0 +1,77 @@
+"""States of users: the newest of a round that is over, nothing of one that is not, nobody's but the user's own."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedclip.sealed import SealedFileError
+from fedclip.user_states import KEPT_VERSIONS, StatesInFolder, StatesInMemory
+
+FRESH = (torch.zeros(3), None)
+
+
+def state(value):
+    return torch.full((3,), float(value)), None
+
+
+def value(found):
+    return float(found[0][0])
+
+
+@pytest.fixture(params=["memory", "folder"])
+def states(request, tmp_path):
+    return StatesInMemory() if request.param == "memory" else StatesInFolder(tmp_path / "states")
+
+
+def test_a_user_that_was_never_seen_has_the_fresh_state(states):
+    assert states.load(7, 1, FRESH) is FRESH
+
+
+def test_a_round_sees_the_newest_state_before_it(states):
+    for round in (2, 5, 9):
+        states.stage(7, round, 0, state(round))
+    states.sync()
+    assert [value(states.load(7, r, FRESH)) for r in (10, 9, 6, 5, 3)] == [9, 5, 5, 2, 2]
+    assert value(states.load(7, 2, FRESH)) == 0
+    assert states.load(8, 10, FRESH) is FRESH
+
+
+def test_few_states_are_kept_of_each_user(states, tmp_path):
+    for round in range(1, 20):
+        states.stage(1_234_567, round, 0, state(round))
+    assert [value(states.load(1_234_567, r, FRESH)) for r in (20, 19, 18)] == [19, 18, 17]
+    assert len(list(tmp_path.rglob("*.state"))) in (0, KEPT_VERSIONS)
+
+
+def test_a_round_that_did_not_end_is_rolled_back(tmp_path):
+    states = StatesInFolder(tmp_path)
+    for round, attempt in ((1, 0), (2, 0), (3, 0), (3, 1)):
+        states.stage(7, round, attempt, state(10 * round + attempt))
+    StatesInFolder(tmp_path).roll_back(2)
+    assert value(StatesInFolder(tmp_path).load(7, 9, FRESH)) == 20
+
+
+def test_a_later_attempt_counts(tmp_path):
+    states = StatesInFolder(tmp_path)
+    for attempt in (0, 1):
+        states.stage(7, 3, attempt, state(attempt))
+    assert value(states.load(7, 4, FRESH)) == 1
+
+
+def test_a_damaged_a_foreign_and_a_swapped_state_are_refused(tmp_path: Path):
+    states = StatesInFolder(tmp_path)
+    states.stage(7, 1, 0, state(1))
+    states.stage(8, 1, 0, state(2))
+    (seven,), (eight,) = (list((tmp_path / "0" / user).iterdir()) for user in "78")
+    with pytest.raises(ValueError, match="another chain"):
+        states.load(7, 2, (torch.zeros(4), None))
+    with pytest.raises(ValueError, match="fewer parts"):
+        states.load(7, 2, (None, None))
+    whole = seven.read_bytes()
+    seven.write_bytes(eight.read_bytes())
+    with pytest.raises(ValueError, match="files were swapped"):
+        states.load(7, 2, FRESH)
+    seven.write_bytes(whole[:-5])
+    with pytest.raises(SealedFileError, match="damaged"):
+        states.load(7, 2, FRESH)
