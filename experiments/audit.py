@@ -16,7 +16,7 @@ from fedclip.audit.ledgers import Promise, audit_ledger
 from fedclip.audit.suite import FALSE_ALARM, Effort, parts
 from fedclip.layout import Layout
 from fedclip.options import ConfigError
-from strategies.recipes import run_digest
+from strategies.naming import run_digest
 
 
 def audit_command(target: Path, overrides: list[str], data_dir: Path | None, rounds: int, trials: int, as_json: bool) -> int:

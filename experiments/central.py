@@ -16,7 +16,7 @@ from fedclip.rng import Streams
 from fedclip.round import Outcome, Released, Site, evaluate_units
 from fedclip.schedules import Schedule
 from fedclip.tally import Tally, add_up
-from strategies.recipes import run_digest
+from strategies.naming import run_digest
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,8 @@ from fedclip.layout import Layout
 from fedclip.method import ServerState
 from fedclip.options import ConfigError
 from fedclip.round import Outcome, Released
-from strategies.recipes import build_account, run_digest
+from strategies.naming import run_digest
+from strategies.privacy import build_account
 
 if TYPE_CHECKING:
     from flwr.serverapp import Grid

@@ -23,7 +23,7 @@ from fedclip.layout import Layout
 from fedclip.model_file import save_model
 from fedclip.options import ConfigError
 from fedclip.storage import Storage
-from strategies.recipes import run_digest
+from strategies.naming import run_digest
 
 LEDGER, CHECKPOINTS, STATES = "ledger.jsonl", "checkpoints", "states"
 """The releases of a run under noise, a line each; the checkpoints; and what client chains keep of users."""

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from fedclip.config import Experiment, load_experiment, make_experiment
 from fedclip.options import ConfigError
-from strategies.recipes import build_method, calibrated, resolve, run_digest
+from strategies.naming import run_digest
+from strategies.privacy import calibrated
+from strategies.recipes import build_method, resolve
 
 MAY_CHANGE = (
     "run.rounds",

@@ -23,7 +23,7 @@ from fedclip.round import Released
 from fedclip.storage import Storage
 from fedclip.tally import Tally, number
 from fedclip.user_states import StatesInFolder
-from strategies.recipes import run_digest
+from strategies.naming import run_digest
 
 DONE, CHECK_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 """Exit status of every command."""

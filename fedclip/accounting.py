@@ -173,16 +173,15 @@ def calibrate_noise(sampler: Sampler, target_epsilon: float, rounds: int, delta:
             )
     while excess(high / 2, cheap=True) <= 0:
         high /= 2
-    low, above, below = high / 2, excess(high / 2), excess(high)
-    while above <= 0:
-        low, high, above, below = low / 2, low, excess(low / 2), above
-    search = _Search(math.log(low), above, math.log(high), below)
-    while below < -CLOSE and search.width > 1e-6:
-        tried = search.next(-CLOSE / 2)
-        found = excess(math.exp(tried))
-        search.narrow(tried, found)
-        if found <= 0:
-            high, below = math.exp(tried), found
+    # First where the cheap bound meets the target, then from there down: steps that are a little too long for the power law there.
+    high = _smallest(lambda z: excess(z, cheap=True), high / 2, high, close=0.1)
+    below, power = excess(high), max(0.3, excess(high / 1.1, cheap=True) - excess(high, cheap=True)) / math.log(1.1)
+    while below < -CLOSE:
+        low = high * math.exp(max(1.2 * below / power, -math.log(2)))
+        above = excess(low)
+        if above > 0:
+            return _smallest(excess, low, high, CLOSE)
+        high, below = low, above
     return high
 
 
@@ -267,6 +266,18 @@ def _excess(
         names = [a for a in _possible(_event(sampler, noise_multiplier, relation), relation) if a != "pld"] or None
     epsilon = min(g.epsilon for g in epsilons(sampler, noise_multiplier, rounds, delta, names, adjacency=adjacency).values())
     return -math.inf if epsilon == 0 else math.log(epsilon / target)
+
+
+def _smallest(excess: Callable[[float], float], low: float, high: float, close: float) -> float:
+    """Return a value between two others where `excess` is not over zero, and at most `close` under it if it gets there steadily."""
+    search, below = _Search(math.log(low), excess(low), math.log(high), excess(high)), -math.inf
+    while below < -close and search.width > 1e-6:
+        tried = search.next(-close / 2)
+        found = excess(math.exp(tried))
+        search.narrow(tried, found)
+        if found <= 0:
+            high, below = math.exp(tried), found
+    return high
 
 
 class _Search:
@@ -445,7 +456,7 @@ def _level(event: "DpEvent", adjacency: Adjacency, rounds: int, delta: float) ->
         found = _composed(event, adjacency, level + 1, rounds, delta)
         if found < best:
             level += 1
-        if found > best * (1 - CLOSE / 2):
+        if found > best * (1 - CLOSE):
             break
         best = found
     return level

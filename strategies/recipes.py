@@ -4,10 +4,7 @@ Arguments other than `sampler`, `local` and `mechanism` are what `[strategy]` ma
 recipe is called, so that a wrong argument is refused at once.
 """
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
@@ -15,7 +12,7 @@ from pydantic import Field
 from fedclip.adaptive import AdaptiveClip
 from fedclip.choices import Grouping, Mode, Split, Weighting
 from fedclip.config import Experiment, StrategyOptions
-from fedclip.options import ConfigError, check_arguments, unknown, with_defaults, without_defaults
+from fedclip.options import ConfigError, check_arguments, unknown, with_defaults
 from fedclip.stages import (
     Count,
     Fraction,
@@ -26,19 +23,16 @@ from fedclip.stages import (
     build_stage,
     clip_by_global_norm,
     clip_per_layer,
-    fixed_size,
     gaussian,
     lamb,
     local_sgd,
-    poisson,
     sgd,
 )
+from strategies.privacy import build_sampler, noise_multiplier
 
 if TYPE_CHECKING:
-    from fedclip.account import Account
     from fedclip.method import Method
     from fedclip.release import Release
-    from fedclip.sampling import Sampler
 
 OTHER_SECTIONS = ("sampler", "local", "mechanism")
 """Arguments of every recipe that sections of their own describe."""
@@ -199,33 +193,6 @@ def resolve(experiment: Experiment) -> Experiment:
     return experiment.model_copy(update={"strategy": StrategyOptions(method=method, **arguments), "local": local})
 
 
-def run_digest(experiment: Experiment) -> str:
-    """Name a run: a hash of the seed and of all that changes the parameters that come out.
-
-    Rounds, workers, engine, reply mode, paths, evaluation and the central baseline do not. A value that is the default counts as if
-    it were not said, so that an option that a later version adds leaves the name, and with it every random stream, as it was.
-    """
-    said = experiment.model_dump(exclude_defaults=True)
-    said = {section: said.get(section, {}) for section in ("task", "population", "sampler", "privacy", "codec")}
-    said["privacy"] = (
-        said["privacy"]
-        if noise_multiplier(experiment) is None
-        else {"noise_multiplier": noise_multiplier(experiment)}
-        | {key: value for key, value in said["privacy"].items() if key.startswith("layer_noise")}
-    )
-    said["task"]["name"] = experiment.task.name
-    if "corpus" in said["task"]:
-        said["task"]["corpus"]["kind"] = experiment.task.corpus.kind  # type: ignore[union-attr]
-    said["task"] = {key: value for key, value in said["task"].items() if key not in ("cache_dir", "cache_mb")}
-    method, arguments = experiment.strategy.method, experiment.strategy.model_extra or {}
-    said["strategy"] = {method: without_defaults(RECIPES[method], arguments, "strategy", dict.fromkeys(OTHER_SECTIONS))}
-    said["local"] = without_defaults(local_sgd, experiment.local, "local")
-    said["seed"] = experiment.run.seed
-    if experiment.run.init_digest is not None:
-        said["init"] = experiment.run.init_digest
-    return hashlib.blake2b(json.dumps(said, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
-
-
 def build_method(experiment: Experiment, users: int) -> "Method":
     """Return the method of an experiment.
 
@@ -247,68 +214,6 @@ def build_method(experiment: Experiment, users: int) -> "Method":
             RECIPES[experiment.strategy.method], experiment.strategy.model_extra or {}, "strategy", dict.fromkeys(OTHER_SECTIONS)
         ),
     )
-
-
-def noise_multiplier(experiment: Experiment) -> float | None:
-    """Return the noise multiplier of the sum that is really formed; None without noise, or where it is yet to be calibrated.
-
-    With `noise_cohort_size` S' the file's z is that of a cohort of S': the noise on the mean is `z C / S'`, so that the noise on this
-    run's sum over S users has the multiplier `z S / S'`.
-    """
-    z, larger = experiment.privacy.noise_multiplier, experiment.privacy.noise_cohort_size
-    return z if z is None or larger is None else z * experiment.sampler.cohort / larger
-
-
-def build_sampler(experiment: Experiment, users: int) -> "Sampler":
-    """Return the sampler of an experiment over that many users.
-
-    Raises:
-        ConfigError: a cohort larger than the population, or one that is not a whole number where its size is fixed.
-    """
-    options = experiment.sampler
-    if options.cohort > users:
-        raise ConfigError(f"sampler.cohort: expected at most {users}, the users there are, got {options.cohort:g}.")
-    if options.name == "poisson":
-        return poisson(users, options.cohort, options.max_cohort, options.devices_per_user)
-    return fixed_size(users, int(options.cohort))
-
-
-def build_account(experiment: Experiment, users: int, path: Path | None = None) -> "Account | None":
-    """Return the account of a run under noise, its ledger at `path`; None for a run without noise."""
-    z, privacy = noise_multiplier(experiment), experiment.privacy
-    if z is None:
-        return None
-    from fedclip.account import Account
-
-    larger = None
-    if privacy.noise_cohort_size is not None and privacy.noise_multiplier is not None:
-        larger = larger_sampler(experiment, users), privacy.noise_multiplier
-    return Account(build_sampler(experiment, users), z, privacy.delta, privacy.epsilon_budget, path, larger)
-
-
-def larger_sampler(experiment: Experiment, users: int) -> "Sampler":
-    """Return the sampler of the larger cohort that the noise is meant for, out of `noise_population`, else of the same population."""
-    privacy = experiment.privacy
-    larger = experiment.sampler.model_copy(update={"cohort": privacy.noise_cohort_size, "max_cohort": None})
-    return build_sampler(experiment.model_copy(update={"sampler": larger}), privacy.noise_population or users)
-
-
-def calibrated(experiment: Experiment, users: int) -> Experiment:
-    """Return the experiment with the noise multiplier that its target epsilon takes over its rounds, and the target as its budget.
-
-    With `noise_cohort_size` the target is that of the larger cohort, and this run, which costs more, has no budget from it.
-    """
-    privacy = experiment.privacy
-    if privacy.target_epsilon is None:
-        return experiment
-    from fedclip.accounting import calibrate_noise
-
-    larger = privacy.noise_cohort_size is not None
-    sampler = larger_sampler(experiment, users) if larger else build_sampler(experiment, users)
-    z = calibrate_noise(sampler, privacy.target_epsilon, experiment.run.rounds, privacy.delta)
-    budget = privacy.epsilon_budget if larger else privacy.epsilon_budget or privacy.target_epsilon
-    options = privacy.model_copy(update={"noise_multiplier": z, "target_epsilon": None, "epsilon_budget": budget})
-    return experiment.model_copy(update={"privacy": options})
 
 
 def _release(sampler: Any, mechanism: Any) -> "Release":

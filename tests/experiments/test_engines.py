@@ -9,7 +9,7 @@ from experiments.engines import OnGrid, open_engine
 from experiments.prepare import prepare, read_experiment
 from fedclip.round import begin, deal, finish, train_blocks
 from fedclip.simulation import InProcess
-from strategies.recipes import run_digest
+from strategies.naming import run_digest
 
 ROUNDS = 3
 

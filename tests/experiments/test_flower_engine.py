@@ -17,7 +17,7 @@ import torch
 from experiments.prepare import prepare, read_experiment
 from fedclip.model_file import load_model
 from fedclip.simulation import InProcess
-from strategies.recipes import run_digest
+from strategies.naming import run_digest
 
 PROJECT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent

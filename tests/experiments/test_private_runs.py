@@ -11,7 +11,8 @@ from experiments.prepare import prepare, read_experiment
 from fedclip.account import read_ledger
 from fedclip.accounting import guarantee
 from fedclip.sampling import FixedSize, Poisson
-from strategies.recipes import noise_multiplier, run_digest
+from strategies.naming import run_digest
+from strategies.privacy import noise_multiplier
 
 runner = CliRunner()
 

@@ -26,7 +26,7 @@ from fedclip.model_file import load_model
 from fedclip.options import ConfigError
 from fedclip.simulation import InProcess
 from fedclip.storage import Storage
-from strategies.recipes import run_digest
+from strategies.naming import run_digest
 
 PROJECT = Path(__file__).parents[2]
 runner = CliRunner()

@@ -20,7 +20,7 @@ from fedclip.rng import Streams
 from fedclip.simulation import InProcess
 from fedclip.storage import Storage
 from fedclip.user_states import StatesInFolder
-from strategies.recipes import run_digest
+from strategies.naming import run_digest
 from tests.simulated_disk import WAYS, Recorder, after_crash
 
 ROUNDS = 3

@@ -10,7 +10,8 @@ import tomli_w
 
 from fedclip.config import apply_overrides, load_experiment, make_experiment
 from fedclip.options import ConfigError
-from strategies.recipes import resolve, run_digest
+from strategies.naming import run_digest
+from strategies.recipes import resolve
 
 TEXT = """
 [run]

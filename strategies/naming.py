@@ -1,0 +1,37 @@
+"""`run_digest`: the name of a run in its random streams. Imports no PyTorch."""
+
+import hashlib
+import json
+
+from fedclip.config import Experiment
+from fedclip.options import without_defaults
+from fedclip.stages import local_sgd
+from strategies.privacy import noise_multiplier
+from strategies.recipes import OTHER_SECTIONS, RECIPES
+
+
+def run_digest(experiment: Experiment) -> str:
+    """Name a run: a hash of the seed and of all that changes the parameters that come out.
+
+    Rounds, workers, engine, reply mode, paths, evaluation and the central baseline do not. A value that is the default counts as if
+    it were not said, so that an option that a later version adds leaves the name, and with it every random stream, as it was.
+    """
+    said = experiment.model_dump(exclude_defaults=True)
+    said = {section: said.get(section, {}) for section in ("task", "population", "sampler", "privacy", "codec")}
+    said["privacy"] = (
+        said["privacy"]
+        if noise_multiplier(experiment) is None
+        else {"noise_multiplier": noise_multiplier(experiment)}
+        | {key: value for key, value in said["privacy"].items() if key.startswith("layer_noise")}
+    )
+    said["task"]["name"] = experiment.task.name
+    if "corpus" in said["task"]:
+        said["task"]["corpus"]["kind"] = experiment.task.corpus.kind  # type: ignore[union-attr]
+    said["task"] = {key: value for key, value in said["task"].items() if key not in ("cache_dir", "cache_mb")}
+    method, arguments = experiment.strategy.method, experiment.strategy.model_extra or {}
+    said["strategy"] = {method: without_defaults(RECIPES[method], arguments, "strategy", dict.fromkeys(OTHER_SECTIONS))}
+    said["local"] = without_defaults(local_sgd, experiment.local, "local")
+    said["seed"] = experiment.run.seed
+    if experiment.run.init_digest is not None:
+        said["init"] = experiment.run.init_digest
+    return hashlib.blake2b(json.dumps(said, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()

@@ -1,0 +1,77 @@
+"""What an experiment's `[sampler]` and `[privacy]` sections come to: its sampler, its noise, its account.
+
+Imports no PyTorch.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedclip.config import Experiment
+from fedclip.options import ConfigError
+from fedclip.stages import fixed_size, poisson
+
+if TYPE_CHECKING:
+    from fedclip.account import Account
+    from fedclip.sampling import Sampler
+
+
+def noise_multiplier(experiment: Experiment) -> float | None:
+    """Return the noise multiplier of the sum that is really formed; None without noise, or where it is yet to be calibrated.
+
+    With `noise_cohort_size` S' the file's z is that of a cohort of S': the noise on the mean is `z C / S'`, so that the noise on this
+    run's sum over S users has the multiplier `z S / S'`.
+    """
+    z, larger = experiment.privacy.noise_multiplier, experiment.privacy.noise_cohort_size
+    return z if z is None or larger is None else z * experiment.sampler.cohort / larger
+
+
+def build_sampler(experiment: Experiment, users: int) -> "Sampler":
+    """Return the sampler of an experiment over that many users.
+
+    Raises:
+        ConfigError: a cohort larger than the population, or one that is not a whole number where its size is fixed.
+    """
+    options = experiment.sampler
+    if options.cohort > users:
+        raise ConfigError(f"sampler.cohort: expected at most {users}, the users there are, got {options.cohort:g}.")
+    if options.name == "poisson":
+        return poisson(users, options.cohort, options.max_cohort, options.devices_per_user)
+    return fixed_size(users, int(options.cohort))
+
+
+def build_account(experiment: Experiment, users: int, path: Path | None = None) -> "Account | None":
+    """Return the account of a run under noise, its ledger at `path`; None for a run without noise."""
+    z, privacy = noise_multiplier(experiment), experiment.privacy
+    if z is None:
+        return None
+    from fedclip.account import Account
+
+    larger = None
+    if privacy.noise_cohort_size is not None and privacy.noise_multiplier is not None:
+        larger = larger_sampler(experiment, users), privacy.noise_multiplier
+    return Account(build_sampler(experiment, users), z, privacy.delta, privacy.epsilon_budget, path, larger)
+
+
+def larger_sampler(experiment: Experiment, users: int) -> "Sampler":
+    """Return the sampler of the larger cohort that the noise is meant for, out of `noise_population`, else of the same population."""
+    privacy = experiment.privacy
+    larger = experiment.sampler.model_copy(update={"cohort": privacy.noise_cohort_size, "max_cohort": None})
+    return build_sampler(experiment.model_copy(update={"sampler": larger}), privacy.noise_population or users)
+
+
+def calibrated(experiment: Experiment, users: int) -> Experiment:
+    """Return the experiment with the noise multiplier that its target epsilon takes over its rounds, and the target as its budget.
+
+    With `noise_cohort_size` the target is that of the larger cohort, and this run, which costs more, has no budget from it.
+    """
+    privacy = experiment.privacy
+    if privacy.target_epsilon is None:
+        return experiment
+    from fedclip.accounting import calibrate_noise
+
+    larger = privacy.noise_cohort_size is not None
+    sampler = larger_sampler(experiment, users) if larger else build_sampler(experiment, users)
+    z = calibrate_noise(sampler, privacy.target_epsilon, experiment.run.rounds, privacy.delta)
+    budget = privacy.epsilon_budget if larger else privacy.epsilon_budget or privacy.target_epsilon
+    options = privacy.model_copy(update={"noise_multiplier": z, "target_epsilon": None, "epsilon_budget": budget})
+    return experiment.model_copy(update={"privacy": options})
