@@ -175,7 +175,7 @@ def calibrate_noise(sampler: Sampler, target_epsilon: float, rounds: int, delta:
         high /= 2
     # First where the cheap bound meets the target, then from there down: steps that are a little too long for the power law there.
     high = _smallest(lambda z: excess(z, cheap=True), high / 2, high, close=0.1)
-    below, power = excess(high), max(0.3, excess(high / 1.1, cheap=True) - excess(high, cheap=True)) / math.log(1.1)
+    below, power = excess(high), max(0.5, (excess(high / 1.1, cheap=True) - excess(high, cheap=True)) / math.log(1.1))
     while below < -CLOSE:
         low = high * math.exp(max(1.2 * below / power, -math.log(2)))
         above = excess(low)

@@ -12,18 +12,51 @@ FLOAT32_FACTORS = (1e-30, 1e30)
 
 
 @dataclass(frozen=True, eq=False)
+class Half:
+    """The stored values are all exact as float16 numbers."""
+
+
+@dataclass(frozen=True, eq=False)
+class Codes:
+    """The stored values are small integers times a scale a block: `value = code * scale`, the float32 product.
+
+    Blocks are of `block` stored values each, and begin anew at every tensor; a tensor's last one may be shorter.
+
+    Attributes:
+        codes: int8, shape (k,), one a stored value.
+        scales: float32, shape (blocks,).
+        block: stored values in a block, at least 1.
+        bits: how many bits hold a code, 1 to 8; codes are within -(2^(bits-1) - 1) .. 2^(bits-1) - 1 (for one bit: -1 and 1).
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    block: int
+    bits: int
+
+
+Grid = Half | Codes
+"""Where rounded values lie, so that a codec can write them in less than 32 bits and lose nothing."""
+
+
+@dataclass(frozen=True, eq=False)
 class Dense:
-    """Every coordinate. `vector`: float32, shape (d,)."""
+    """Every coordinate. `vector`: float32, shape (d,); `grid`: where the values lie, None for any float32 numbers."""
 
     vector: torch.Tensor
+    grid: Grid | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Sparse:
-    """Some coordinates, the others zero. `indices`: int64, ascending and distinct, shape (k,); `values`: float32, shape (k,)."""
+    """Some coordinates, the others zero.
+
+    `indices`: int64, ascending and distinct, shape (k,); `values`: float32, shape (k,); `grid`: as for `Dense`.
+    """
 
     indices: torch.Tensor
     values: torch.Tensor
+    grid: Grid | None = None
 
 
 Update = Dense | Sparse
@@ -35,7 +68,7 @@ def values_of(update: Update) -> torch.Tensor:
 
 
 def with_values(update: Update, values: torch.Tensor) -> Update:
-    """Return the same kind of update with other values at the same places."""
+    """Return the same kind of update with other values, on no grid, at the same places."""
     return Dense(values) if isinstance(update, Dense) else Sparse(update.indices, values)
 
 
@@ -46,6 +79,20 @@ def pieces(update: Update, layout: Layout) -> tuple[torch.Tensor, ...]:
     ends = torch.tensor(layout.sizes, dtype=torch.int64).cumsum(0)
     cuts = torch.searchsorted(update.indices.cpu(), ends).tolist()
     return tuple(update.values[a:b] for a, b in zip([0, *cuts[:-1]], cuts, strict=True))
+
+
+def block_lengths(update: Update, layout: Layout, block: int) -> list[int]:
+    """Return how many stored values each block of a `Codes` grid holds: blocks begin anew at every tensor."""
+    lengths = []
+    for piece in pieces(update, layout):
+        full, rest = divmod(piece.numel(), block)
+        lengths += [block] * full + [rest] * bool(rest)
+    return lengths
+
+
+def decoded(codes: torch.Tensor, scales: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+    """Return the float32 values of codes, shape (k,): each times the scale of its block."""
+    return codes.float() * scales.repeat_interleave(torch.tensor(lengths, dtype=torch.int64, device=scales.device))
 
 
 def is_finite(update: Update) -> bool:
