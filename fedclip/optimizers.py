@@ -31,33 +31,43 @@ class SGD(Optimizer):
         lr: server learning rate by round.
         momentum: in [0, 1).
         nesterov: look ahead; needs momentum.
+        momentum_1d: for tensors of one dimension or none; None: as for the others. Deep Gradient Compression sends these densely and
+            has their momentum here, and that of the others on the clients (arXiv 1712.01887).
     """
 
     stage_name: ClassVar[str] = "sgd"
     lr: Schedule
     momentum: float = 0.0
     nesterov: bool = False
+    momentum_1d: float | None = None
 
     def __post_init__(self) -> None:
-        if self.nesterov and not self.momentum:
+        if self.nesterov and not (self.momentum or self.momentum_1d):
             raise ValueError(f"Expected momentum over 0 with nesterov = true, got {self.momentum}.")
 
     def init(self, layout: Layout) -> State:
         """Return a zero momentum, None where there is none."""
-        return torch.zeros(layout.size) if self.momentum else None
+        return torch.zeros(layout.size) if self.momentum or self.momentum_1d else None
 
     def apply(self, update: Update, state: State, ctx: Ctx) -> Step:
         """Return the step and the next momentum."""
         g, lr = to_dense(update, ctx.layout), self.lr(ctx.round)
-        if not self.momentum:
+        if state is None:
             return Step(Dense(g * lr))
-        buffer = self.momentum * state + g
-        direction = g + self.momentum * buffer if self.nesterov else buffer
+        momentum = self._momentum(ctx.layout)
+        buffer = momentum * state + g
+        direction = g + momentum * buffer if self.nesterov else buffer
         return Step(Dense(direction * lr), buffer)
 
     def has_momentum(self, ndim: int) -> bool:
-        """Return whether momentum is on; it is the same for all tensors."""
-        return self.momentum > 0
+        """Return whether momentum is on for tensors of `ndim` dimensions."""
+        return (self.momentum if ndim > 1 or self.momentum_1d is None else self.momentum_1d) > 0
+
+    def _momentum(self, layout: Layout) -> float | torch.Tensor:
+        if self.momentum_1d is None:
+            return self.momentum
+        of_tensor = [self.momentum_1d if len(shape) <= 1 else self.momentum for shape in layout.shapes]
+        return torch.tensor(of_tensor).repeat_interleave(torch.tensor(layout.sizes))
 
 
 @dataclass(frozen=True)

@@ -54,11 +54,11 @@ def with_error_feedback(inner: Any) -> "ErrorFeedback":
     return ErrorFeedback(inner if isinstance(inner, Transform) else build_stage(inner))
 
 
-def sgd(lr: Rate, momentum: Fraction = 0.0, nesterov: bool = False) -> "SGD":
+def sgd(lr: Rate, momentum: Fraction = 0.0, nesterov: bool = False, momentum_1d: Fraction | None = None) -> "SGD":
     """Take a step of server SGD, with momentum where asked."""
     from fedclip.optimizers import SGD
 
-    return SGD(Schedule.of(lr), momentum, nesterov)
+    return SGD(Schedule.of(lr), momentum, nesterov, momentum_1d)
 
 
 def adam(lr: Rate, betas: tuple[Fraction, Fraction] = (0.9, 0.999), eps: Positive = 1e-8, weight_decay: NotNegative = 0.0) -> "Adam":

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from fedclip.layout import Layout
 from fedclip.optimizers import LAMB, SGD, Adam
 from fedclip.schedules import Schedule
 from fedclip.transform import UNBOUNDED, Bound
@@ -47,6 +48,26 @@ def torchs(make, grads):
 def test_sgd_is_torchs(momentum, nesterov):
     expected = torchs(lambda p: torch.optim.SGD(p, lr=0.1, momentum=momentum, nesterov=nesterov), gradients())
     torch.testing.assert_close(ours(SGD(Schedule.of(0.1), momentum, nesterov), gradients()), expected, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_small_tensors_have_their_own_momentum(nesterov):
+    """Tensors of one dimension or none as with one momentum, the others as with the other, each as torch has it."""
+    layout = Layout(("w", "b", "s", "x"), ((2, 2), (3,), (), (1, 2, 2)), ("w", "b", "s", "x"))
+    grads = torch.randn(10, layout.size, generator=torch.Generator().manual_seed(1))
+    params = {m: torch.zeros(layout.size) for m in (0.0, 0.9, None)}
+    for momentum in params:
+        optimizer = (
+            SGD(Schedule.of(0.1), 0.0, nesterov, 0.9) if momentum is None else SGD(Schedule.of(0.1), momentum, nesterov and momentum > 0)
+        )
+        state = optimizer.init(layout)
+        for n, g in enumerate(grads, 1):
+            step = optimizer.apply(Dense(g), state, context(layout, n, params[momentum]))
+            params[momentum], state = params[momentum] - to_dense(step.update, layout), step.state
+    small = torch.tensor([False] * 4 + [True] * 4 + [False] * 4)
+    torch.testing.assert_close(params[None], torch.where(small, params[0.9], params[0.0]))
+    both = SGD(Schedule.of(0.1), 0.0, nesterov, 0.9)
+    assert [both.has_momentum(n) for n in (0, 1, 2, 4)] == [True, True, False, False]
 
 
 @pytest.mark.parametrize("eps", [1e-8, 1e-2])
