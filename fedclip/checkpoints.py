@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from fedclip.downlink import Sent
 from fedclip.method import ServerState
 from fedclip.round import Released
 from fedclip.sealed import SealedFileError, pack_state, read_sealed, unpack_state, write_sealed
@@ -66,7 +67,8 @@ class Checkpoints:
             "head": point.head,
             "notes": point.notes,
         }
-        write_sealed(self._storage, self._checkpoint(state.round), CHECKPOINT, data, tensors | {"params": state.params})
+        tensors |= {"params": state.params} | ({} if state.sent is None else {f"sent.{k}": v for k, v in vars(state.sent).items()})
+        write_sealed(self._storage, self._checkpoint(state.round), CHECKPOINT, data, tensors)
         rounds = [r for r in self.rounds() if r <= state.round]
         for round in rounds[:-KEPT]:
             if round not in keep:
@@ -143,7 +145,9 @@ class Checkpoints:
             server = unpack_state(template, data["server"], tensors)
         except ValueError as error:
             raise CheckpointError(f"{path}: {error}") from error
-        state = ServerState(tensors["params"], server, round, thresholds=tuple(data["thresholds"]))
+        sent = {name.partition(".")[2]: tensor for name, tensor in tensors.items() if name.startswith("sent.")}
+        downlink = Sent(**sent) if sent else None
+        state = ServerState(tensors["params"], server, round, thresholds=tuple(data["thresholds"]), sent=downlink)
         return Checkpoint(state, data["charges"], data["head"], data["notes"])
 
     def _is_good(self, round: int, template: State) -> bool:

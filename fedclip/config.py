@@ -109,7 +109,14 @@ class PrivacyOptions(Options):
 class CodecOptions(Options):
     """The wire format of updates and of the model."""
 
-    name: Literal["dense"] = "dense"
+    name: Literal["dense", "packed"] = "dense"
+
+
+class DownlinkOptions(Options):
+    """How the model goes down: through lossy stages, whole in each round or as the difference to what clients have."""
+
+    stages: tuple[dict[str, Any], ...] = ()
+    differences: bool = False
 
 
 class EvaluationOptions(Options):
@@ -169,6 +176,7 @@ class Experiment(Options):
     strategy: StrategyOptions = StrategyOptions()
     privacy: PrivacyOptions = PrivacyOptions()
     codec: CodecOptions = CodecOptions()
+    downlink: DownlinkOptions = DownlinkOptions()
     evaluation: EvaluationOptions = EvaluationOptions()
     central: CentralOptions = CentralOptions()
     ray: RayOptions = RayOptions()
@@ -228,6 +236,8 @@ def make_experiment(values: Mapping[str, Any]) -> Experiment:
             raise ConfigError(f"strategy.{side}: expected a list of stages, [{{ name = {{ argument = value }} }}, …]; got {stages!r}.")
         for stage in stages:
             check_stage(stage, f"strategy.{side}")
+    for stage in experiment.downlink.stages:
+        check_stage(stage, "downlink.stages")
     size = experiment.population.size
     if size is not None and experiment.sampler.cohort > size:
         raise ConfigError(f"sampler.cohort: expected at most population.size = {size}, got {experiment.sampler.cohort:g}.")

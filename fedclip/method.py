@@ -10,6 +10,7 @@ from fedclip.adaptive import AdaptiveClip
 from fedclip.choices import Weighting
 from fedclip.clipping import ClipByGlobalNorm, ClipPerLayer
 from fedclip.codec import Codec, DenseCodec
+from fedclip.downlink import Downlink, Sent
 from fedclip.layout import Layout
 from fedclip.local import LocalSGD
 from fedclip.optimizers import Optimizer
@@ -41,6 +42,7 @@ class Method:
         max_examples: n_max under noise.
         double_momentum: allow momentum on both sides of one tensor.
         adaptive: how the bounds of the last clip move; None: they stay.
+        downlink: how the model goes down to clients.
 
     Raises:
         ValueError: under noise, a chain without a clip or with a stage after its last clip that bounds nothing; a chain with
@@ -59,6 +61,7 @@ class Method:
     max_examples: int | None = None
     double_momentum: bool = False
     adaptive: AdaptiveClip | None = None
+    downlink: Downlink = field(default_factory=Downlink)
 
     def __post_init__(self) -> None:
         if not self.server.stages or not isinstance(self.server.stages[-1], Optimizer):
@@ -156,6 +159,7 @@ class ServerState:
         round: rounds done.
         attempt: releases that the next round already had.
         thresholds: the bounds of the next round's last clip, where they adapt.
+        sent: what clients have of the model, where it goes down as differences.
     """
 
     params: torch.Tensor
@@ -163,6 +167,7 @@ class ServerState:
     round: int = 0
     attempt: int = 0
     thresholds: tuple[float, ...] = ()
+    sent: Sent | None = None
 
     @classmethod
     def initial(cls, params: torch.Tensor, method: Method, layout: Layout) -> "ServerState":

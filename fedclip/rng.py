@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-Purpose = Literal["cohort", "data", "batches", "training", "chain", "noise", "server"]
+Purpose = Literal["cohort", "data", "batches", "training", "chain", "noise", "server", "downlink"]
 """What a stream is for. Two purposes never share a stream, whatever the rest of the key."""
 
 

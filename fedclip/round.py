@@ -22,6 +22,7 @@ import torch
 from fedclip.account import Account
 from fedclip.choices import Weighting
 from fedclip.codec import Codec, WireError
+from fedclip.downlink import Sent
 from fedclip.fold import Fold, Grid
 from fedclip.layout import Layout
 from fedclip.local import LocalSGD
@@ -92,10 +93,15 @@ class RoundSpec:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What `begin` decided: the specification, and the cohort in blocks of consecutive users."""
+    """What `begin` decided: the specification, the cohort in blocks of consecutive users, and what the model costs on its way down.
+
+    `sent` is what clients then have of it, where it goes down as differences.
+    """
 
     spec: RoundSpec
     blocks: tuple[Block, ...]
+    downlink_bytes: int = 0
+    sent: Sent | None = None
 
 
 @dataclass(eq=False)
@@ -181,6 +187,7 @@ def begin(method: Method, state: ServerState, layout: Layout, secret: str, run: 
     streams = Streams(secret, run, state.round + 1, attempt)
     cohort = method.sampler.draw(streams.generator("cohort"))
     now = method.for_round(state.thresholds, layout)
+    download = method.downlink.send(state.params, state.sent, cohort, streams.round, layout, streams.generator("downlink"))
     largest_weight = 1.0 if method.private or method.weighting == "uniform" else 2.0**16
     spec = RoundSpec(
         streams=streams,
@@ -192,11 +199,11 @@ def begin(method: Method, state: ServerState, layout: Layout, secret: str, run: 
         private=method.private,
         clip_bits=len(state.thresholds),
         grid=Grid.for_bound(now.bound(layout).total, len(cohort), largest_weight),
-        params=method.codec.encode(Dense(state.params), layout),
+        params=download.payload,
     )
     size = max(1, math.ceil(method.sampler.expected_cohort / BLOCKS_A_COHORT))
     blocks = tuple((n, cohort[i : i + size]) for n, i in enumerate(range(0, len(cohort), size)))
-    return Plan(spec, blocks)
+    return Plan(spec, blocks, download.total_bytes, download.sent)
 
 
 def deal(blocks: Sequence[Block], workers: int, task: Task) -> list[list[Block]]:
@@ -373,8 +380,7 @@ def release(
         tallies |= part.tallies
         errors += part.errors
     tally = add_up(tallies[n] for n in sorted(tallies))
-    taken = number(tally, "users") + number(tally, "failed_users") + number(tally, "users_without_data")
-    tally["downlink_bytes"] = taken * len(plan.spec.params)
+    tally["downlink_bytes"] = float(plan.downlink_bytes)
     streams, now = plan.spec.streams, method.for_round(state.thresholds, layout)
     bound, noise = now.bound(layout), streams.generator("noise")
     if account is not None and method.release.mechanism is not None:
@@ -388,8 +394,9 @@ def release(
     return Released(streams.round, streams.attempt, torch.from_numpy(mean).float(), within, tally, tuple(errors))
 
 
-def advance(method: Method, state: ServerState, layout: Layout, streams: Streams, released: Released) -> Outcome:
+def advance(method: Method, state: ServerState, layout: Layout, plan: Plan, released: Released) -> Outcome:
     """Take the server step on what was released. It sees nothing else, so that it can be taken again after a crash."""
+    streams = plan.spec.streams
     ctx = Ctx(layout, streams.generator("server"), streams.round, state.params)
     step = method.server.apply(Dense(released.mean), state.server, ctx)
     params = state.params - to_dense(step.update, layout)
@@ -400,7 +407,9 @@ def advance(method: Method, state: ServerState, layout: Layout, streams: Streams
         if len(thresholds) > 1:
             tally["server.layer_max_norm"] = list(thresholds)
         thresholds = method.adaptive.step(thresholds, released.fractions)
-    return Outcome(ServerState(params, step.state, state.round + 1, thresholds=thresholds), tally, released.errors, released.attempt)
+    return Outcome(
+        ServerState(params, step.state, state.round + 1, thresholds=thresholds, sent=plan.sent), tally, released.errors, released.attempt
+    )
 
 
 def finish(
@@ -420,7 +429,13 @@ def finish(
     released = release(method, state, layout, plan, partials, account)
     if keep is not None:
         keep(released)
-    return advance(method, state, layout, plan.spec.streams, released)
+    return advance(method, state, layout, plan, released)
+
+
+def replay(method: Method, state: ServerState, layout: Layout, secret: str, run: str, released: Released) -> Outcome:
+    """Take the server step of a round that was released before: with the same bits as then, and at no new cost."""
+    plan = begin(method, dataclasses.replace(state, attempt=released.attempt), layout, secret, run)
+    return advance(method, state, layout, plan, released)
 
 
 def evaluate_units(site: Site, params: torch.Tensor, units: Iterable[int]) -> list[tuple[int, Counts]]:

@@ -90,13 +90,13 @@ class Poisson:
             raise ValueError(
                 f"Expected 0 < cohort <= population = {self.population}, got {self.cohort}; q = cohort / population is a probability."
             )
-        if self.max_cohort is not None and not self.max_cohort >= self.cohort:
+        if self.max_cohort is not None and (not self.max_cohort >= self.cohort or self.max_cohort % 1):
             raise ValueError(
-                f"Expected max_cohort of at least the expected cohort, {self.cohort:g}, got {self.max_cohort}: the sum is divided by the "
-                "expected cohort; lower the cohort too."
+                f"Expected a whole max_cohort of at least the expected cohort, {self.cohort:g}, got {self.max_cohort}: the sum is divided "
+                "by the expected cohort; lower the cohort too."
             )
-        if not 1 <= self.devices_per_user <= self.population:
-            raise ValueError(f"Expected devices_per_user from 1 to the population, {self.population}, got {self.devices_per_user}.")
+        if not 1 <= self.devices_per_user <= self.population or self.devices_per_user % 1:
+            raise ValueError(f"Expected whole devices_per_user from 1 to the population, {self.population}, got {self.devices_per_user}.")
         if self.max_cohort is not None and self.devices_per_user > 1:
             raise ValueError(
                 f"Expected max_cohort or devices_per_user, got {self.max_cohort} and {self.devices_per_user}: no accountant knows what "
@@ -196,5 +196,5 @@ def _distinct(population: int, size: int, rng: np.random.Generator) -> tuple[int
 
 
 def _check_population(population: int) -> None:
-    if population < 1:
-        raise ValueError(f"Expected a population of at least 1, got {population}.")
+    if not population >= 1 or population % 1:
+        raise ValueError(f"Expected a whole population of at least 1, got {population}.")

@@ -9,8 +9,7 @@ from fedclip.layout import Layout
 from fedclip.method import Method, ServerState
 from fedclip.process import settle_process
 from fedclip.replica import Replica
-from fedclip.rng import Streams
-from fedclip.round import Outcome, Released, Site, advance, begin, evaluate_units, finish, train_blocks
+from fedclip.round import Outcome, Released, Site, begin, evaluate_units, finish, replay, train_blocks
 from fedclip.tasks.base import Task
 from fedclip.user_states import StatesInMemory, UserStates
 
@@ -66,8 +65,7 @@ class InProcess:
 
     def replay(self, released: Released) -> Outcome:
         """Take the server step of a round that was released before."""
-        streams = Streams(self._secret, self._run, released.round, released.attempt)
-        outcome = advance(self.method, self.state, self.layout, streams, released)
+        outcome = replay(self.method, self.state, self.layout, self._secret, self._run, released)
         self.state = outcome.state
         return outcome
 

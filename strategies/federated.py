@@ -16,8 +16,7 @@ from fedclip.codec import DenseCodec
 from fedclip.layout import Layout
 from fedclip.method import Method, ServerState
 from fedclip.process import settle_process
-from fedclip.rng import Streams
-from fedclip.round import Collector, Outcome, Partial, Plan, Released, WorkerError, advance, begin, deal, finish
+from fedclip.round import Collector, Outcome, Partial, Plan, Released, WorkerError, begin, deal, finish, replay
 from fedclip.simulation import initial_params
 from fedclip.tasks.base import Task
 from fedclip.tasks.build import TaskRecipe
@@ -148,8 +147,7 @@ class Federated(Strategy):
 
     def replay(self, released: Released) -> Outcome:
         """Take the server step of a round that was released before."""
-        streams = Streams(self._secret, self._run, released.round, released.attempt)
-        self.outcome = advance(self.method, self.state, self.layout, streams, released)
+        self.outcome = replay(self.method, self.state, self.layout, self._secret, self._run, released)
         self.state = self.outcome.state
         return self.outcome
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 
-from fedclip.config import Experiment
+from fedclip.config import DownlinkOptions, Experiment
 from fedclip.options import without_defaults
 from fedclip.stages import local_sgd
 from strategies.privacy import noise_multiplier
@@ -13,11 +13,12 @@ from strategies.recipes import OTHER_SECTIONS, RECIPES
 def run_digest(experiment: Experiment) -> str:
     """Name a run: a hash of the seed and of all that changes the parameters that come out.
 
-    Rounds, workers, engine, reply mode, paths, evaluation and the central baseline do not. A value that is the default counts as if
-    it were not said, so that an option that a later version adds leaves the name, and with it every random stream, as it was.
+    Rounds, workers, engine, reply mode, paths, the lossless codec, evaluation and the central baseline do not. A value that is the
+    default counts as if it were not said, so that an option that a later version adds leaves the name, and with it every random
+    stream, as it was.
     """
     said = experiment.model_dump(exclude_defaults=True)
-    said = {section: said.get(section, {}) for section in ("task", "population", "sampler", "privacy", "codec")}
+    said = {section: said.get(section, {}) for section in ("task", "population", "sampler", "privacy")} | {"codec": {}}
     said["privacy"] = (
         said["privacy"]
         if noise_multiplier(experiment) is None
@@ -31,6 +32,8 @@ def run_digest(experiment: Experiment) -> str:
     method, arguments = experiment.strategy.method, experiment.strategy.model_extra or {}
     said["strategy"] = {method: without_defaults(RECIPES[method], arguments, "strategy", dict.fromkeys(OTHER_SECTIONS))}
     said["local"] = without_defaults(local_sgd, experiment.local, "local")
+    if experiment.downlink != DownlinkOptions():
+        said["downlink"] = experiment.downlink.model_dump()
     said["seed"] = experiment.run.seed
     if experiment.run.init_digest is not None:
         said["init"] = experiment.run.init_digest

@@ -4,6 +4,7 @@ Arguments other than `sampler`, `local` and `mechanism` are what `[strategy]` ma
 recipe is called, so that a wrong argument is refused at once.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -206,7 +207,7 @@ def build_method(experiment: Experiment, users: int) -> "Method":
     """
     experiment = resolve(experiment)
     z, privacy = noise_multiplier(experiment), experiment.privacy
-    return RECIPES[experiment.strategy.method](
+    method = RECIPES[experiment.strategy.method](
         sampler=build_sampler(experiment, users),
         local=local_sgd(**experiment.local),
         mechanism=gaussian(z, privacy.layer_noise, privacy.layer_noise_weights) if z is not None else None,
@@ -214,6 +215,12 @@ def build_method(experiment: Experiment, users: int) -> "Method":
             RECIPES[experiment.strategy.method], experiment.strategy.model_extra or {}, "strategy", dict.fromkeys(OTHER_SECTIONS)
         ),
     )
+    from fedclip.downlink import Downlink
+    from fedclip.transform import chain
+
+    codec = build_stage(experiment.codec.name, "codec")
+    stages = chain(*(build_stage(s, "downlink.stages") for s in experiment.downlink.stages))
+    return dataclasses.replace(method, codec=codec, downlink=Downlink(stages, experiment.downlink.differences, codec))
 
 
 def _release(sampler: Any, mechanism: Any) -> "Release":
