@@ -7,10 +7,10 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from clients import messages
+from fedclip.client import Client, Site, evaluate_units, train_blocks
 from fedclip.codec import DenseCodec
 from fedclip.process import settle_process
 from fedclip.replica import Replica
-from fedclip.round import Client, Site, evaluate_units, train_blocks
 from fedclip.tasks.build import TaskRecipe
 from fedclip.user_states import StatesInFolder
 

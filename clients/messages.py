@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
-from fedclip.round import Block, Contribution, Partial, RoundSpec
+from fedclip.client import Contribution, Partial
+from fedclip.spec import Block, RoundSpec
 from fedclip.tasks.base import Counts
 
 BYTES_TYPE = "fedclip.bytes"

@@ -8,12 +8,13 @@ import torch
 
 from experiments.engines import secret_of
 from experiments.prepare import Prepared
+from fedclip.client import Site, evaluate_units
 from fedclip.config import CentralOptions
 from fedclip.layout import Layout
 from fedclip.method import ServerState
 from fedclip.replica import Replica
 from fedclip.rng import Streams
-from fedclip.round import Outcome, Released, Site, evaluate_units
+from fedclip.round import Outcome, Released
 from fedclip.schedules import Schedule
 from fedclip.tally import Tally, add_up
 from strategies.naming import run_digest

@@ -10,11 +10,11 @@ from experiments.folder import to_json
 from experiments.live import Reporter, describe_result
 from experiments.prepare import on_folder, prepare
 from experiments.run import DONE, run_rounds
+from fedclip.client import Site, evaluate_units
 from fedclip.config import Experiment, apply_overrides
 from fedclip.model_file import flatten, load_model, model_path
 from fedclip.release import Release
 from fedclip.replica import Replica
-from fedclip.round import Site, evaluate_units
 from strategies.recipes import resolve
 
 

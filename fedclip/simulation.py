@@ -5,11 +5,12 @@ from collections.abc import Callable
 import torch
 
 from fedclip.account import Account
+from fedclip.client import Site, evaluate_units, train_blocks
 from fedclip.layout import Layout
 from fedclip.method import Method, ServerState
 from fedclip.process import settle_process
 from fedclip.replica import Replica
-from fedclip.round import Outcome, Released, Site, begin, evaluate_units, finish, replay, train_blocks
+from fedclip.round import Outcome, Released, begin, finish, replay
 from fedclip.tasks.base import Task
 from fedclip.user_states import StatesInMemory, UserStates
 

@@ -12,11 +12,12 @@ from flwr.serverapp.strategy import Strategy
 
 from clients import messages
 from fedclip.account import Account
+from fedclip.client import Collector, Partial
 from fedclip.codec import DenseCodec
 from fedclip.layout import Layout
 from fedclip.method import Method, ServerState
 from fedclip.process import settle_process
-from fedclip.round import Collector, Outcome, Partial, Plan, Released, WorkerError, begin, deal, finish, replay
+from fedclip.round import Outcome, Plan, Released, WorkerError, begin, deal, finish, replay
 from fedclip.simulation import initial_params
 from fedclip.tasks.base import Task
 from fedclip.tasks.build import TaskRecipe

@@ -7,12 +7,14 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from fedclip.client import Collector, Contribution, Partial, Site, pack_bits
+from fedclip.client import train_blocks as train
 from fedclip.layout import Layout
 from fedclip.method import Method, ServerState
 from fedclip.optimizers import SGD
-from fedclip.round import Block, Collector, Contribution, Outcome, Partial, Plan, RoundSpec, Site, begin, finish, pack_bits
-from fedclip.round import train_blocks as train
+from fedclip.round import Outcome, Plan, begin, finish
 from fedclip.schedules import Schedule
+from fedclip.spec import Block, RoundSpec
 from fedclip.tally import Tally
 from fedclip.transform import Chain
 from fedclip.update import Dense

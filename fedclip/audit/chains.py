@@ -11,11 +11,12 @@ import torch
 from fedclip.audit.findings import Finding
 from fedclip.audit.hostile import KINDS, hostile_vector
 from fedclip.audit.replay import CLOSE, Moved, ratio_to_bound
+from fedclip.client import Collector, Contribution, Partial, pack_bits
 from fedclip.codec import Codec, DenseCodec
 from fedclip.fold import Grid
 from fedclip.layout import Layout
 from fedclip.rng import Streams
-from fedclip.round import Collector, Contribution, Partial, RoundSpec, pack_bits
+from fedclip.spec import RoundSpec
 from fedclip.stages import describe_stage
 from fedclip.transform import UNBOUNDED, Bound, Chain, Ctx, State, Step, Transform
 from fedclip.update import Dense, finite_or_zero, to_dense

@@ -8,9 +8,10 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from clients import messages
+from fedclip.client import Contribution, Partial
 from fedclip.fold import Grid
 from fedclip.rng import Streams
-from fedclip.round import Contribution, Partial, RoundSpec
+from fedclip.spec import RoundSpec
 
 SPEC = RoundSpec(
     Streams("secret", "run", 3, 1),

@@ -7,7 +7,8 @@ import torch
 
 from experiments.engines import OnGrid, open_engine
 from experiments.prepare import prepare, read_experiment
-from fedclip.round import begin, deal, finish, train_blocks
+from fedclip.client import train_blocks
+from fedclip.round import begin, deal, finish
 from fedclip.simulation import InProcess
 from strategies.naming import run_digest
 

@@ -8,13 +8,14 @@ import torch
 
 from fedclip.adaptive import AdaptiveClip
 from fedclip.audit.bench import System
+from fedclip.client import Client, Collector, Contribution
 from fedclip.clipping import ClipByGlobalNorm, ClipPerLayer
 from fedclip.layout import Layout
 from fedclip.local import LocalSGD
 from fedclip.method import Method
 from fedclip.optimizers import SGD
 from fedclip.release import Gaussian, Release
-from fedclip.round import Client, Collector, Contribution, begin, finish
+from fedclip.round import begin, finish
 from fedclip.sampling import Poisson
 from fedclip.schedules import Schedule
 from fedclip.transform import Bound, Step, Transform, chain

@@ -11,13 +11,14 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from fedclip.adaptive import AdaptiveClip
+from fedclip.client import Collector, Contribution, pack_bits, unpack_bits
 from fedclip.clipping import LARGEST_SPREAD, ClipByGlobalNorm, ClipPerLayer
 from fedclip.layout import Layout
 from fedclip.local import LocalSGD
 from fedclip.method import Method, ServerState
 from fedclip.optimizers import SGD
 from fedclip.release import Gaussian, Release
-from fedclip.round import Collector, Contribution, Plan, begin, finish, pack_bits, unpack_bits
+from fedclip.round import Plan, begin, finish
 from fedclip.sampling import Poisson
 from fedclip.schedules import Schedule
 from fedclip.transform import chain

@@ -12,13 +12,14 @@ from fedclip.audit.chains import audit_chain
 from fedclip.audit.hostile import HostileTask
 from fedclip.audit.replay import audit_contributions, audit_hostile, audit_replay, ratio_to_bound
 from fedclip.audit.suite import narrow
+from fedclip.client import Client, Site
 from fedclip.clipping import ClipByGlobalNorm, ClipPerLayer
 from fedclip.layout import Layout
 from fedclip.local import LocalSGD
 from fedclip.method import ServerState
 from fedclip.release import Gaussian
 from fedclip.replica import Replica
-from fedclip.round import Client, Site, begin
+from fedclip.round import begin
 from fedclip.sampling import FixedSize, Poisson
 from fedclip.tasks.vision import build_vision
 from fedclip.tasks.vision_options import VisionOptions

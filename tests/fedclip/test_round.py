@@ -10,16 +10,18 @@ import pytest
 import torch
 from torch import nn
 
+from fedclip.client import Client, Collector, Contribution, Site, evaluate_units, train_blocks
 from fedclip.clipping import ClipByGlobalNorm, ClipPerLayer
 from fedclip.fold import FoldOverflow
 from fedclip.method import Method, ServerState
 from fedclip.optimizers import SGD
 from fedclip.release import Gaussian, Release
 from fedclip.replica import Replica
-from fedclip.round import Client, Collector, Contribution, RoundSpec, Site, begin, deal, evaluate_units, finish, train_blocks
+from fedclip.round import begin, deal, finish
 from fedclip.sampling import Poisson
 from fedclip.schedules import Schedule
 from fedclip.simulation import initial_params
+from fedclip.spec import RoundSpec
 from fedclip.stages import gaussian, local_sgd, poisson
 from fedclip.tasks.vision import build_vision
 from fedclip.tasks.vision_options import VisionOptions

@@ -1,0 +1,215 @@
+"""The client side of a round: users are trained one after another, and their updates decoded, guarded and folded.
+
+Decoding and guarding happen wherever the raw sum is formed: on the worker that trained the users, or on the server.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from fedclip.codec import Codec, WireError
+from fedclip.fold import Fold
+from fedclip.layout import Layout
+from fedclip.local import LocalSGD
+from fedclip.method import user_weight
+from fedclip.replica import Replica
+from fedclip.spec import Block, RoundSpec
+from fedclip.stages import build_stage
+from fedclip.tally import Tally, add_up
+from fedclip.tasks.base import Counts, Task
+from fedclip.transform import Chain, Ctx, Transform, has_content
+from fedclip.update import Dense, Update, finite_or_zero, scale, to_dense
+from fedclip.user_states import UserStates
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class Site:
+    """Where users train: one task and one resident model, used for one user after another."""
+
+    task: Task
+    replica: Replica
+
+
+@dataclass(frozen=True, eq=False)
+class Contribution:
+    """What one user gives: the encoded update, its weight, its packed clip bits and what was measured.
+
+    A user that failed gives no payload.
+    """
+
+    user: int
+    payload: bytes | None
+    weight: float
+    tally: Tally
+    error: str | None = None
+    clip_bits: bytes = b""
+
+
+@dataclass(frozen=True, eq=False)
+class Partial:
+    """The exact sum over the users of some blocks: int64 grid numbers, how many users, and a tally for each block.
+
+    `clip_bits` is the sum of each bit as +1 or -1.
+    """
+
+    total: torch.Tensor
+    users: int
+    tallies: dict[int, Tally]
+    errors: tuple[str, ...] = ()
+    clip_bits: tuple[int, ...] = ()
+
+
+class Client:
+    """The client side of one round at one site: the stages rebuilt from the specification, the model as it was sent.
+
+    Args:
+        site: where users train.
+        spec: what the server said.
+        states: where the states of users are; None where the chain has none.
+
+    Raises:
+        ValueError: the chain has a state, and there is no place for it.
+    """
+
+    def __init__(self, site: Site, spec: RoundSpec, states: UserStates | None = None) -> None:
+        self.site, self.spec, self.layout = site, spec, site.replica.layout
+        self.local: LocalSGD = build_stage(spec.local)
+        self.chain = Chain(tuple(build_stage(s) for s in spec.client))
+        self.codec: Codec = build_stage(spec.codec)
+        self.fresh = self.chain.init(self.layout)
+        self.states = states if has_content(self.fresh) else None
+        if states is None and has_content(self.fresh):
+            raise ValueError(f"{self.chain.name} keeps a state for each user, and there is no place to keep it; give a folder for it.")
+        self.params = to_dense(self.codec.decode(spec.params, self.layout), self.layout).to(site.replica.params.device)
+
+    def train_user(self, user: int) -> Contribution:
+        """Load a user's data, train, pass the update through the chain and encode it.
+
+        Whatever the user's data or the task raises makes the user a failed one, never the round.
+        """
+        start = time.perf_counter()
+        try:
+            contribution = self._train(user)
+        except Exception as error:
+            log.debug("user %d failed", user, exc_info=True)
+            return Contribution(user, None, 0.0, {"failed_users": 1.0}, f"user {user}: {type(error).__name__}: {error}")
+        contribution.tally["train_seconds"] = time.perf_counter() - start
+        return contribution
+
+    def sync(self) -> None:
+        """Wait until the states of the users that were trained are durable."""
+        if self.states is not None:
+            self.states.sync()
+
+    def _train(self, user: int) -> Contribution:
+        task, replica, streams = self.site.task, self.site.replica, self.spec.streams
+        examples = task.load_user(user, streams.generator("data", user))
+        left_out: Tally = {"examples_left_out": float(int(getattr(examples, "left_out", 0)))}
+        if not len(examples):
+            return Contribution(user, None, 0.0, {"users_without_data": 1.0, **left_out})
+        replica.load(self.params)
+        with streams.torch_seeded("training", user, str(replica.params.device)):
+            loss = self.local.train(replica, task, examples, streams.generator("batches", user))
+        update, finite = finite_or_zero(Dense(self.params - replica.params))
+        weight = user_weight(len(examples), self.spec.weighting, self.spec.max_examples)
+        if self.spec.private:
+            update = scale(update, weight)
+        ctx = Ctx(self.layout, streams.generator("chain", user), streams.round, self.params, weight)
+        state = self.fresh if self.states is None else self.states.load(user, streams.round, self.fresh)
+        step = self.chain.apply(update, state, ctx)
+        payload = self.codec.encode(step.update, self.layout)
+        if self.states is not None:
+            self.states.stage(user, streams.round, streams.attempt, step.state)
+        bits = pack_bits(step.clip_bits) if self.spec.clip_bits else b""
+        tally: Tally = {"users": 1.0, "uplink_bytes": float(len(payload) + len(bits)), "not_finite": float(not finite), **left_out}
+        if math.isfinite(loss):
+            tally |= {"train_loss": loss, "losses": 1.0}
+        tally |= {f"chain.{k}": list(v) if isinstance(v, tuple) else v for k, v in step.measurements.items()}
+        return Contribution(user, payload, 1.0 if self.spec.private else weight, tally, clip_bits=bits)
+
+
+class Collector:
+    """Decodes, guards and folds contributions: wherever the raw sum is formed, on a worker or on the server."""
+
+    def __init__(self, spec: RoundSpec, layout: Layout, device: str = "cpu") -> None:
+        self.spec, self.layout = spec, layout
+        self.codec: Codec = build_stage(spec.codec)
+        self.guard: Transform | None = Chain(tuple(build_stage(s) for s in spec.client)).guard
+        self.params = torch.empty(0)
+        self.fold = Fold(layout.size, spec.grid, device)
+        self.clip_bits = np.zeros(spec.clip_bits, dtype=np.int64)
+        self.tallies: dict[int, Tally] = {}
+        self.errors: list[str] = []
+
+    def take(self, block: int, contribution: Contribution) -> None:
+        """Add one user's contribution to the sum; what cannot be taken counts as a failed user and adds nothing."""
+        tally, error = contribution.tally, contribution.error
+        if contribution.payload is not None:
+            try:
+                # Under noise a weight that a client states would multiply what the guard has bounded: it went in before the clip.
+                weight = 1.0 if self.spec.private else contribution.weight
+                bits = unpack_bits(contribution.clip_bits, self.spec.clip_bits)
+                update, finite = self._open(contribution.payload)
+                self.fold.add(update, weight)
+                self.clip_bits += bits
+                tally = tally | {"weight": weight}
+                if not finite:
+                    tally["not_finite"] = 1.0
+            except (WireError, ArithmeticError) as fault:
+                tally, error = {"failed_users": 1.0}, f"user {contribution.user}: {type(fault).__name__}: {fault}"
+        if error is not None:
+            self.errors.append(error)
+        self.tallies[block] = add_up([self.tallies.get(block, {}), tally])
+
+    def _open(self, payload: bytes) -> tuple[Update, bool]:
+        """Decode and guard: finite (and whether it was), of this layout, within the bound of the chain."""
+        update, finite = finite_or_zero(self.codec.decode(payload, self.layout))
+        if self.guard is None:
+            return update, finite
+        ctx = Ctx(self.layout, self.spec.streams.generator("chain"), self.spec.streams.round, self.params)
+        return self.guard.apply(update, None, ctx).update, finite
+
+    def partial(self) -> Partial:
+        """Return the sum so far."""
+        return Partial(self.fold.total, self.fold.users, self.tallies, tuple(self.errors), tuple(self.clip_bits.tolist()))
+
+
+def train_blocks(site: Site, spec: RoundSpec, blocks: Iterable[Block], states: UserStates | None = None) -> Partial:
+    """Train the users of some blocks one after another and return their exact sum; what the chain keeps of users is durable by then."""
+    client, collector = Client(site, spec, states), Collector(spec, site.replica.layout)
+    for block, users in blocks:
+        for user in users:
+            collector.take(block, client.train_user(user))
+    client.sync()
+    return collector.partial()
+
+
+def pack_bits(bits: Sequence[bool]) -> bytes:
+    """Return clip bits as they travel, eight a byte."""
+    return np.packbits(np.asarray(bits, dtype=bool)).tobytes()
+
+
+def unpack_bits(packed: bytes, count: int) -> np.ndarray:
+    """Return `count` packed bits as +1 and -1, int64, shape (count,).
+
+    Raises:
+        WireError: they are not so many.
+    """
+    if len(packed) != -(-count // 8):
+        raise WireError(f"Expected {count} clip bits in {-(-count // 8)} bytes, got {len(packed)} bytes.")
+    return 2 * np.unpackbits(np.frombuffer(packed, dtype=np.uint8), count=count).astype(np.int64) - 1
+
+
+def evaluate_units(site: Site, params: torch.Tensor, units: Iterable[int]) -> list[tuple[int, Counts]]:
+    """Return what each held-out unit adds to the metrics of a model with parameters `params`, shape (d,)."""
+    site.replica.load(params.to(site.replica.params.device))
+    site.replica.model.eval()
+    with torch.inference_mode():
+        return [(unit, site.task.evaluate(site.replica.model, unit)) for unit in units]
