@@ -11,7 +11,7 @@ import time
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tomli_w
 import torch
@@ -24,6 +24,9 @@ from fedclip.model_file import save_model
 from fedclip.options import ConfigError
 from fedclip.storage import Storage
 from strategies.naming import run_digest
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 LEDGER, CHECKPOINTS, STATES = "ledger.jsonl", "checkpoints", "states"
 """The releases of a run under noise, a line each; the checkpoints; and what client chains keep of users."""
@@ -49,6 +52,7 @@ class RunFolder:
 
     def __init__(self, path: Path, experiment: Experiment, *, resume: bool = False, storage: Storage | None = None) -> None:
         self.path, self._experiment, self._storage = path, experiment, storage or Storage()
+        self._board: SummaryWriter | None = None
         if not resume:
             check_free(path)
         try:
@@ -75,7 +79,7 @@ class RunFolder:
         self._storage.append(metrics, (to_json(row) + "\n").encode())
         self._storage.sync(metrics)
         for name, value in row.items():
-            if name not in ("round", "attempt") and isinstance(value, int | float):
+            if self._board is not None and name not in ("round", "attempt") and isinstance(value, int | float):
                 self._board.add_scalar(name, value, row["round"])
         return metrics.stat().st_size
 
@@ -104,11 +108,15 @@ class RunFolder:
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Write `summary.json` last of all: a folder without it holds a run that did not end in order."""
-        self._board.close()
+        if self._board is not None:
+            self._board.close()
         write_atomically(self.path / "summary.json", to_json(summary, indent=2) + "\n")
 
     def close(self) -> None:
-        """Let another process have the folder."""
+        """Let another process have the folder. What TensorBoard could not write is in `metrics.jsonl`."""
+        if self._board is not None:
+            with suppress(OSError):
+                self._board.close()
         os.close(self._lock)
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import os
 import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -81,6 +82,13 @@ def to_the_end(run: Run) -> torch.Tensor:
     assert status == "done"
     assert run.engine.state.round == ROUNDS
     return run.engine.state.params
+
+
+def test_a_closed_run_leaves_no_writer_behind(prepared: Prepared, tmp_path: Path) -> None:
+    """One that went on would write into a folder that may be gone."""
+    before = set(threading.enumerate())
+    to_the_end(run_of(prepared, tmp_path / "run"))
+    assert set(threading.enumerate()) <= before
 
 
 def states_of(path: Path) -> dict[str, str]:
