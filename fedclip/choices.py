@@ -16,3 +16,15 @@ Weighting = Literal["uniform", "examples"]
 
 NoiseSplit = Literal["isotropic", "bounds", "weights"]
 """How noise is split over the layers: the same for all coordinates, in proportion to the layers' bounds, or by given numbers."""
+
+Extent = Literal["tensor", "model"]
+"""Over what a norm or a choice of coordinates goes: each tensor by itself, or all of them together."""
+
+Normalization = Literal["mean", "sum"]
+"""What the server makes of the nodes' gradients: their mean, or the sum of gradients that each node has divided by their number."""
+
+SmallTensors = Literal["dense", "sparse"]
+"""How a sparsifier treats tensors of one dimension or none: leave them whole, or as the others."""
+
+Precision = Literal["float32", "float16", "int8"]
+"""What values are sent as."""

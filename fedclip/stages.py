@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
-from fedclip.choices import Grouping, Mode, NoiseSplit, Split
+from fedclip.choices import Extent, Grouping, Mode, NoiseSplit, Normalization, Precision, SmallTensors, Split
 from fedclip.doors import load_door
 from fedclip.options import check_arguments, unknown
 from fedclip.schedules import Schedule
@@ -18,16 +18,22 @@ from fedclip.schedules import Schedule
 if TYPE_CHECKING:
     from fedclip.clipping import ClipByGlobalNorm, ClipPerLayer
     from fedclip.codec import DenseCodec
+    from fedclip.dgc import DGC
     from fedclip.local import LocalSGD
     from fedclip.optimizers import LAMB, SGD, Adam
+    from fedclip.packed import PackedCodec
+    from fedclip.quantize import Entropy, Fp16, Quantize, Sign
     from fedclip.release import Gaussian
     from fedclip.sampling import FixedSize, Poisson
+    from fedclip.sparsify import CommonMask, RandomK, TopK
     from fedclip.transform import ErrorFeedback
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
+Density = Annotated[float, Field(gt=0, le=1)]
+Seed = Annotated[int, Field(ge=0)]
 Rate = Positive | Schedule
 
 
@@ -52,6 +58,74 @@ def with_error_feedback(inner: Any) -> "ErrorFeedback":
     from fedclip.transform import ErrorFeedback, Transform
 
     return ErrorFeedback(inner if isinstance(inner, Transform) else build_stage(inner))
+
+
+def dgc(
+    density: Density = 0.001,
+    momentum: Fraction = 0.9,
+    nesterov: bool = False,
+    clip_norm: Positive | None = None,
+    clip_by: Extent = "model",
+    nodes: Count = 1,
+    normalization: Normalization = "mean",
+    mask: bool = True,
+    warmup: tuple[tuple[Density, Count], ...] = ((0.25, 1), (0.0625, 1), (0.015625, 1), (0.004, 1)),
+    small: SmallTensors = "dense",
+    grid: Precision = "float32",
+) -> "DGC":
+    """Send the largest of what the user's updates, with momentum, have added up to (Deep Gradient Compression)."""
+    from fedclip.dgc import DGC
+
+    return DGC(density, momentum, nesterov, clip_norm, clip_by, nodes, normalization, mask, warmup, small, grid)
+
+
+def top_k(density: Density, by: Extent = "tensor") -> "TopK":
+    """Keep the coordinates of largest magnitude."""
+    from fedclip.sparsify import TopK
+
+    return TopK(density, by)
+
+
+def random_k(density: Density, seed: Seed = 0, scale: bool = False) -> "RandomK":
+    """Keep coordinates drawn by a public seed, the same for all users of a round."""
+    from fedclip.sparsify import RandomK
+
+    return RandomK(density, seed, scale)
+
+
+def common_mask(density: Density, seed: Seed = 0) -> "CommonMask":
+    """Keep one part of a random partition of the coordinates, the same for all users, another in each round."""
+    from fedclip.sparsify import CommonMask
+
+    return CommonMask(density, seed)
+
+
+def fp16() -> "Fp16":
+    """Round to float16 numbers."""
+    from fedclip.quantize import Fp16
+
+    return Fp16()
+
+
+def quantize(bits: Annotated[int, Field(ge=2, le=8)] = 8, block: Count = 32, stochastic: bool = True) -> "Quantize":
+    """Round to a few bits, with a scale for each block of values."""
+    from fedclip.quantize import Quantize
+
+    return Quantize(bits, block, stochastic)
+
+
+def sign() -> "Sign":
+    """Send the sign of each value, and the mean magnitude of each tensor."""
+    from fedclip.quantize import Sign
+
+    return Sign()
+
+
+def entropy(step: Positive = 2.0) -> "Entropy":
+    """Round to multiples of `step` times the RMS, and send what is not 0 for the codec to squeeze."""
+    from fedclip.quantize import Entropy
+
+    return Entropy(step)
 
 
 def sgd(lr: Rate, momentum: Fraction = 0.0, nesterov: bool = False, momentum_1d: Fraction | None = None) -> "SGD":
@@ -124,9 +198,19 @@ def dense() -> "DenseCodec":
     return DenseCodec()
 
 
+def packed(level: Annotated[int, Field(ge=1, le=19)] = 3) -> "PackedCodec":
+    """Encode positions as gaps and values in the bits that their grid has, compressed by zstd."""
+    from fedclip.packed import PackedCodec
+
+    return PackedCodec(level)
+
+
 STAGES: Mapping[str, Callable[..., Any]] = {
     f.__name__: f
-    for f in (clip_by_global_norm, clip_per_layer, with_error_feedback, sgd, adam, lamb, poisson, fixed_size, local_sgd, gaussian, dense)
+    for f in (
+        *(clip_by_global_norm, clip_per_layer, with_error_feedback, dgc, top_k, random_k, common_mask, fp16, quantize, sign, entropy),
+        *(sgd, adam, lamb, poisson, fixed_size, local_sgd, gaussian, dense, packed),
+    )
 }
 """Every stage that ships, by name."""
 
@@ -172,7 +256,7 @@ def describe_stage(stage: Any) -> dict[str, Any]:
         raise TypeError(f"Expected a stage that is a dataclass (its fields are what travels to clients), got {type(stage).__name__}.")
     cls = type(stage)
     name = str(getattr(stage, "stage_name", ""))
-    if name not in STAGES:
+    if name not in STAGES or not cls.__module__.startswith("fedclip."):  # a stage of one's own may bear the name of another
         name = getattr(cls, "__door__", f"{cls.__module__}:{cls.__qualname__}")
     return {name: {f.name: _plain(getattr(stage, f.name)) for f in dataclasses.fields(stage)}}
 

@@ -7,12 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedclip.codec import DenseCodec, WireError
+from fedclip.packed import PackedCodec
 from fedclip.stages import build_stage, describe_stage
-from fedclip.update import Dense, Sparse, to_dense
+from fedclip.update import Codes, Dense, Half, Sparse, decoded, to_dense
 from tests.strategies_of_data import bits, flat, layouts, updates_with_layouts
 
-CODECS = [DenseCodec()]
-every = pytest.mark.parametrize("codec", CODECS, ids=lambda c: c.stage_name)
+CODECS = [DenseCodec(), PackedCodec(), PackedCodec(level=19)]
+every = pytest.mark.parametrize("codec", CODECS, ids=repr)
 LAYOUT = flat(5, 0, 12)
 
 
@@ -39,9 +40,26 @@ def test_any_bits_survive(codec, layout, seed):
     assert bits(to_dense(codec.decode(codec.encode(Dense(vector), layout), layout), layout)) == bits(vector)
 
 
+INDICES = torch.tensor([1, 4, 9])
+CODED = torch.tensor([-1, 1, 1], dtype=torch.int8)
+GRIDS = {
+    "floats": Sparse(INDICES, torch.tensor([2.0, 0.1, -0.0])),
+    "nothing": Sparse(INDICES[:0], torch.zeros(0)),
+    "everything": Sparse(torch.arange(17), torch.arange(17.0)),
+    "halves": Sparse(INDICES, torch.tensor([2.0, 0.5, -0.0]), Half()),
+    **{
+        f"{bits} bits": Sparse(
+            INDICES, decoded(CODED, torch.tensor([0.1, 3.0]), [2, 1]), Codes(CODED, torch.tensor([0.1, 3.0]), block=2, bits=bits)
+        )
+        for bits in range(1, 9)
+    },
+}
+
+
 @every
-def test_sparse_and_dense_travel(codec):
-    update = Sparse(torch.tensor([1, 9]), torch.tensor([2.0, -0.0]))
+@pytest.mark.parametrize("kind", GRIDS)
+def test_sparse_updates_on_any_grid_travel(codec, kind):
+    update = GRIDS[kind]
     assert bits(to_dense(codec.decode(codec.encode(update, LAYOUT), LAYOUT), LAYOUT)) == bits(to_dense(update, LAYOUT))
 
 

@@ -12,11 +12,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedclip.clipping import ClipByGlobalNorm, ClipPerLayer
+from fedclip.codec import DenseCodec
+from fedclip.dgc import DGC
 from fedclip.optimizers import LAMB, SGD, Adam, Moments
+from fedclip.packed import PackedCodec
+from fedclip.quantize import Entropy, Fp16, Quantize, Sign
 from fedclip.schedules import Schedule
+from fedclip.sparsify import CommonMask, RandomK, TopK
 from fedclip.stages import STAGES, build_stage, describe_stage
-from fedclip.transform import UNBOUNDED, Transform, chain, with_error_feedback
-from fedclip.update import Dense, to_dense, values_of
+from fedclip.transform import UNBOUNDED, Bound, Transform, chain, with_error_feedback
+from fedclip.update import Dense, finite_or_zero, to_dense, values_of
 from tests.strategies_of_data import bits, context, flat, float64_norm, layouts, updates, vectors
 
 CLIPS = [ClipByGlobalNorm(0.5)] + [
@@ -42,7 +47,28 @@ OPTIMIZERS = [
     LAMB(RATE),
     LAMB(RATE, weight_decay=0.01, trust_bounds=(0.1, 10.0), layers="block"),
 ]
-EVERY = [*BOUNDED, *OPTIMIZERS, chain(), chain(ClipByGlobalNorm(1.0), Adam(RATE))]
+LOSSY = [
+    TopK(0.3),
+    TopK(0.3, "model"),
+    RandomK(0.3, seed=2),
+    RandomK(0.3, scale=True),
+    CommonMask(0.3),
+    Fp16(),
+    Quantize(8, 32),
+    Quantize(4, 3, stochastic=False),
+    Sign(),
+    Entropy(1.0),
+    DGC(0.3),
+    DGC(0.3, nesterov=True, clip_norm=1.0, clip_by="tensor", small="sparse", grid="int8"),
+    DGC(0.3, momentum=0.0, clip_norm=1.0, nodes=4, normalization="sum", mask=False, warmup=(), grid="float16"),
+]
+EVERY = [*BOUNDED, *OPTIMIZERS, *LOSSY, *(with_error_feedback(s) for s in LOSSY), chain(), chain(ClipByGlobalNorm(1.0), Adam(RATE))]
+GUARDED = [
+    *(chain(ClipPerLayer(0.5), s) for s in LOSSY if math.isfinite(s.bound(Bound(1.0), flat(3)).total)),
+    *(chain(s, ClipPerLayer(0.5)) for s in LOSSY),
+    *(chain(with_error_feedback(s), ClipByGlobalNorm(0.5)) for s in LOSSY),
+]
+"""Every stage that loses something, with a clip: before it where it only shrinks or rounds, else after it."""
 
 
 def name(stage):
@@ -76,7 +102,8 @@ def streaks(draw, moderate=False):
 def test_every_stage_that_files_can_name_is_here():
     """A transform that ships and is not in this suite fails here; the others in `STAGES` are no transforms."""
     inside = {type(s) for stage in EVERY for s in (stage, *getattr(stage, "stages", ()), getattr(stage, "inner", stage))}
-    assert {t.stage_name for t in inside if t.stage_name} == set(STAGES) - {"poisson", "fixed_size", "local_sgd", "gaussian", "dense"}
+    others = {"poisson", "fixed_size", "local_sgd", "gaussian", "dense", "packed"}
+    assert {t.stage_name for t in inside if t.stage_name} == set(STAGES) - others
 
 
 @every
@@ -171,6 +198,24 @@ def test_measurements_are_numbers_or_one_number_a_layer(stage):
     for value in step.measurements.values():
         assert isinstance(value, float) or (isinstance(value, tuple) and len(value) == 3)
         assert pickle.loads(pickle.dumps(value)) == value
+
+
+@pytest.mark.parametrize("codec", [DenseCodec(), PackedCodec()], ids=repr)
+@pytest.mark.parametrize("stage", GUARDED, ids=name)
+@settings(max_examples=10, suppress_health_check=[HealthCheck.too_slow])
+@given(case=streaks())
+def test_the_guard_holds_the_bound_of_what_was_decoded(codec, stage, case):
+    """Whatever a stage lost or rounded up, and through any wire format: what is added to the sum is within the bound."""
+    layout, sent = case
+    state, bound = stage.init(layout), stage.bound(UNBOUNDED, layout)
+    assert math.isfinite(bound.total)
+    for number, update in enumerate(sent, 1):
+        step = stage.apply(update, state, context(layout, number))
+        if not all(torch.isfinite(t).all() for t in tensors(step.state)):
+            return
+        state, decoded = step.state, finite_or_zero(codec.decode(codec.encode(step.update, layout), layout))[0]
+        guarded = stage.guard.apply(decoded, None, context(layout, number)).update
+        assert float64_norm(values_of(guarded)) <= bound.total
 
 
 @pytest.mark.parametrize("stage", OPTIMIZERS, ids=name)

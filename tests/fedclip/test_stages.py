@@ -8,13 +8,17 @@ import pytest
 
 from fedclip.clipping import ClipByGlobalNorm, ClipPerLayer
 from fedclip.codec import DenseCodec
+from fedclip.dgc import DGC
 from fedclip.doors import load_door
 from fedclip.local import LocalSGD
 from fedclip.optimizers import LAMB, SGD, Adam
 from fedclip.options import ConfigError
+from fedclip.packed import PackedCodec
+from fedclip.quantize import Entropy, Fp16, Quantize, Sign
 from fedclip.release import Gaussian
 from fedclip.sampling import FixedSize, Poisson
 from fedclip.schedules import Schedule
+from fedclip.sparsify import CommonMask, RandomK, TopK
 from fedclip.stages import STAGES, build_stage, check_stage, describe_stage
 from fedclip.transform import with_error_feedback
 
@@ -30,6 +34,15 @@ ALL = [
     FixedSize(100, 7),
     Gaussian(0.7),
     DenseCodec(),
+    PackedCodec(9),
+    DGC(0.01, 0.8, nesterov=True, clip_norm=2.0, nodes=4, normalization="sum", warmup=((0.25, 3),), small="sparse", grid="int8"),
+    TopK(0.1, "model"),
+    RandomK(0.1, 3, scale=True),
+    CommonMask(0.1, 3),
+    Fp16(),
+    Quantize(4, 64, stochastic=False),
+    Sign(),
+    Entropy(3.0),
 ]
 
 
@@ -46,6 +59,7 @@ def test_every_name_is_tried_here():
 
 def test_a_name_alone_has_no_arguments_and_defaults_apply():
     assert build_stage("dense") == DenseCodec()
+    assert build_stage("packed") == PackedCodec(3)
     assert build_stage({"clip_per_layer": {"max_norm": 1}}) == ClipPerLayer(1.0, "dim", "clip", "tensor")
     assert build_stage({"sgd": {"lr": 0.5}}) == SGD(Schedule(value=0.5))
     assert build_stage({"adam": {"lr": {"value": 0.5, "warmup": 3}}}).lr == Schedule(value=0.5, warmup=3)
