@@ -67,6 +67,7 @@ class Checkpoints:
             "head": point.head,
             "notes": point.notes,
         }
+        tensors |= {} if state.average is None else {"average": state.average}
         tensors |= {"params": state.params} | ({} if state.sent is None else {f"sent.{k}": v for k, v in vars(state.sent).items()})
         write_sealed(self._storage, self._checkpoint(state.round), CHECKPOINT, data, tensors)
         rounds = [r for r in self.rounds() if r <= state.round]
@@ -147,7 +148,9 @@ class Checkpoints:
             raise CheckpointError(f"{path}: {error}") from error
         sent = {name.partition(".")[2]: tensor for name, tensor in tensors.items() if name.startswith("sent.")}
         downlink = Sent(**sent) if sent else None
-        state = ServerState(tensors["params"], server, round, thresholds=tuple(data["thresholds"]), sent=downlink)
+        state = ServerState(
+            tensors["params"], server, round, thresholds=tuple(data["thresholds"]), sent=downlink, average=tensors.get("average")
+        )
         return Checkpoint(state, data["charges"], data["head"], data["notes"])
 
     def _is_good(self, round: int, template: State) -> bool:

@@ -25,6 +25,7 @@ from fedclip.tasks.base import Counts, Task
 from fedclip.transform import Chain, Ctx, Transform, has_content
 from fedclip.update import Dense, Update, finite_or_zero, scale, to_dense
 from fedclip.user_states import UserStates
+from fedclip.wire import Wire
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +83,8 @@ class Client:
         self.site, self.spec, self.layout = site, spec, site.replica.layout
         self.local: LocalSGD = build_stage(spec.local)
         self.chain = Chain(tuple(build_stage(s) for s in spec.client))
-        self.codec: Codec = build_stage(spec.codec)
+        self.wire = Wire.of(spec, self.chain, self.layout)
+        self.codec: Codec = self.wire.codec
         self.fresh = self.chain.init(self.layout)
         self.states = states if has_content(self.fresh) else None
         if states is None and has_content(self.fresh):
@@ -121,10 +123,10 @@ class Client:
         weight = user_weight(len(examples), self.spec.weighting, self.spec.max_examples)
         if self.spec.private:
             update = scale(update, weight)
-        ctx = Ctx(self.layout, streams.generator("chain", user), streams.round, self.params, weight)
+        ctx = Ctx(self.layout, streams.generator("chain", user), streams.round, self.params, weight, self.wire.support)
         state = self.fresh if self.states is None else self.states.load(user, streams.round, self.fresh)
         step = self.chain.apply(update, state, ctx)
-        payload = self.codec.encode(step.update, self.layout)
+        payload = self.wire.encode(step.update)
         if self.states is not None:
             self.states.stage(user, streams.round, streams.attempt, step.state)
         bits = pack_bits(step.clip_bits) if self.spec.clip_bits else b""
@@ -140,8 +142,10 @@ class Collector:
 
     def __init__(self, spec: RoundSpec, layout: Layout, device: str = "cpu") -> None:
         self.spec, self.layout = spec, layout
-        self.codec: Codec = build_stage(spec.codec)
-        self.guard: Transform | None = Chain(tuple(build_stage(s) for s in spec.client)).guard
+        chain = Chain(tuple(build_stage(s) for s in spec.client))
+        self.wire = Wire.of(spec, chain, layout)
+        self.codec: Codec = self.wire.codec
+        self.guard: Transform | None = chain.guard
         self.params = torch.empty(0)
         self.fold = Fold(layout.size, spec.grid, device)
         self.clip_bits = np.zeros(spec.clip_bits, dtype=np.int64)
@@ -170,7 +174,7 @@ class Collector:
 
     def _open(self, payload: bytes) -> tuple[Update, bool]:
         """Decode and guard: finite (and whether it was), of this layout, within the bound of the chain."""
-        update, finite = finite_or_zero(self.codec.decode(payload, self.layout))
+        update, finite = finite_or_zero(self.wire.decode(payload))
         if self.guard is None:
             return update, finite
         ctx = Ctx(self.layout, self.spec.streams.generator("chain"), self.spec.streams.round, self.params)

@@ -91,6 +91,16 @@ class Layout:
             sizes[layer] += size
         return tuple(sizes)
 
+    def restricted(self, support: torch.Tensor) -> "Layout":
+        """Return the layout of the values at some coordinates alone: one dimension a tensor, empty where none of it is there.
+
+        Args:
+            support: coordinates, int64, ascending and distinct, shape (k,).
+        """
+        ends = torch.tensor(self.sizes, dtype=torch.int64).cumsum(0)
+        counts = torch.searchsorted(support.cpu(), ends).diff(prepend=torch.zeros(1, dtype=torch.int64))
+        return Layout(self.names, tuple((n,) for n in counts.tolist()), self.layers)
+
     @cached_property
     def digest(self) -> str:
         """A short stable hash of names, shapes and layers."""

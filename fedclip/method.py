@@ -18,6 +18,12 @@ from fedclip.release import Release
 from fedclip.sampling import Poisson, Sampler
 from fedclip.transform import UNBOUNDED, Bound, Chain, State, has_content
 
+PROBE = Layout(("probe",), ((),), ("probe",))
+"""A layout of one number, to ask stages what they are."""
+
+AVERAGE_WEIGHT = 0.5
+"""How much of a coordinate's average is its newest released value."""
+
 
 def user_weight(examples: int, weighting: Weighting, max_examples: int | None) -> float:
     """Return the weight of a user with that many examples: 1, n, or `min(n, max_examples) / max_examples`."""
@@ -66,6 +72,7 @@ class Method:
     def __post_init__(self) -> None:
         if not self.server.stages or not isinstance(self.server.stages[-1], Optimizer):
             raise ValueError(f"Expected a server chain that ends with an optimizer, got {self.server.name}; end it with sgd, adam or lamb.")
+        self._check_mask()
         if self.private:
             self._check_private()
         if self.adaptive is not None and _plain_clip(self.client) is None:
@@ -88,7 +95,7 @@ class Method:
     @property
     def stateful(self) -> bool:
         """Whether the client chain keeps a state for each user."""
-        return has_content(self.client.init(Layout(("probe",), ((),), ("probe",))))
+        return has_content(self.client.init(PROBE))
 
     def bound(self, layout: Layout) -> Bound:
         """Return the bound on one user's update that the guard enforces."""
@@ -127,6 +134,18 @@ class Method:
         if now.release.mechanism is not None:
             now.release.mechanism.deviations(bound, layout)
 
+    def _check_mask(self) -> None:
+        """Refuse what would remember, or mask again, what a common mask let through."""
+        masks = [n for n, stage in enumerate(self.client.stages) if stage.support(1, PROBE) is not None]
+        if len(masks) > 1:
+            raise ValueError(f"Expected one stage that chooses the coordinates for all users, got {len(masks)} in {self.client.name}.")
+        after = [s for s in self.client.stages[masks[0] + 1 :] if has_content(s.init(PROBE))] if masks else []
+        if after:
+            raise ValueError(
+                f"{after[0].name} keeps a state after {self.client.stages[masks[0]].name}, and would add coordinates that are not sent; "
+                "put the state around or before the mask."
+            )
+
     def _check_private(self) -> None:
         if self.client.guard is None:
             raise ValueError(
@@ -160,6 +179,7 @@ class ServerState:
         attempt: releases that the next round already had.
         thresholds: the bounds of the next round's last clip, where they adapt.
         sent: what clients have of the model, where it goes down as differences.
+        average: of what was released, by coordinate, shape (d,), where a common mask follows it.
     """
 
     params: torch.Tensor
@@ -168,6 +188,7 @@ class ServerState:
     attempt: int = 0
     thresholds: tuple[float, ...] = ()
     sent: Sent | None = None
+    average: torch.Tensor | None = None
 
     @classmethod
     def initial(cls, params: torch.Tensor, method: Method, layout: Layout) -> "ServerState":
@@ -184,11 +205,14 @@ def _plain_clip(client: Chain) -> ClipByGlobalNorm | ClipPerLayer | None:
 
 
 def noise_to_bound(method: Method, layout: Layout) -> float:
-    """Return the norm of the noise on the mean over the norm that the clip allows, `z sqrt(d) / S` for the isotropic one."""
+    """Return the norm of the noise on the mean over the norm that the clip allows: `z sqrt(k) / S` where it is isotropic on k of them."""
     now = method.for_round(method.thresholds(layout), layout)
     mechanism, denominator, bound = now.release.mechanism, now.release.denominator, now.bound(layout)
     if mechanism is None or denominator == "weights":
         return 0.0
-    sizes = layout.grouped(bound.layers).layer_sizes
-    energy = math.fsum(d * s**2 for d, s in zip(sizes, mechanism.deviations(bound, layout), strict=True))
+    # As many coordinates as in any round but the first, where nothing is released yet that a mask could follow.
+    support = now.client.support(1, layout, torch.ones(layout.size))
+    there = layout if support is None else layout.restricted(support)
+    sizes = there.grouped(bound.layers).layer_sizes
+    energy = math.fsum(d * s**2 for d, s in zip(sizes, mechanism.deviations(bound, there), strict=True))
     return math.sqrt(energy) / (denominator * bound.total)

@@ -19,7 +19,7 @@ from fedclip.client import Partial
 from fedclip.downlink import Sent
 from fedclip.fold import Fold, Grid
 from fedclip.layout import Layout
-from fedclip.method import Method, ServerState
+from fedclip.method import AVERAGE_WEIGHT, Method, ServerState
 from fedclip.rng import Streams
 from fedclip.spec import Block, RoundSpec
 from fedclip.stages import describe_stage
@@ -27,6 +27,7 @@ from fedclip.tally import Tally, add_up, number
 from fedclip.tasks.base import Task
 from fedclip.transform import Ctx
 from fedclip.update import Dense, to_dense
+from fedclip.wire import pack_support, support_of
 
 BLOCKS_A_COHORT = 64
 """A cohort is dealt in about so many blocks: enough to share them out evenly, few enough to deal quickly."""
@@ -92,6 +93,8 @@ def begin(method: Method, state: ServerState, layout: Layout, secret: str, run: 
     cohort = method.sampler.draw(streams.generator("cohort"))
     now = method.for_round(state.thresholds, layout)
     download = method.downlink.send(state.params, state.sent, cohort, streams.round, layout, streams.generator("downlink"))
+    support = method.client.support(streams.round, layout, state.average) if state.average is not None else None
+    told = pack_support(support, layout) if support is not None else b""
     largest_weight = 1.0 if method.private or method.weighting == "uniform" else 2.0**16
     spec = RoundSpec(
         streams=streams,
@@ -104,10 +107,11 @@ def begin(method: Method, state: ServerState, layout: Layout, secret: str, run: 
         clip_bits=len(state.thresholds),
         grid=Grid.for_bound(now.bound(layout).total, len(cohort), largest_weight),
         params=download.payload,
+        support=told,
     )
     size = max(1, math.ceil(method.sampler.expected_cohort / BLOCKS_A_COHORT))
     blocks = tuple((n, cohort[i : i + size]) for n, i in enumerate(range(0, len(cohort), size)))
-    return Plan(spec, blocks, download.total_bytes, download.sent)
+    return Plan(spec, blocks, download.total_bytes + len(told) * len(cohort), download.sent)
 
 
 def deal(blocks: Sequence[Block], workers: int, task: Task) -> list[list[Block]]:
@@ -148,7 +152,12 @@ def release(
     bound, noise = now.bound(layout), streams.generator("noise")
     if account is not None and method.release.mechanism is not None:
         account.charge(streams.run, streams.round, streams.attempt, method.release.mechanism.noise_multiplier, bound.total)
-    mean = now.release.apply(fold.result().numpy(), number(tally, "weight"), bound, layout, noise)
+    total, support = fold.result().numpy(), support_of(plan.spec, method.client, layout)
+    if support is None:
+        mean = now.release.apply(total, number(tally, "weight"), bound, layout, noise)
+    else:  # a vector of the values on the support, which is public, is all that is summed, noised and divided
+        mean = np.zeros_like(total)
+        mean[support] = now.release.apply(total[support], number(tally, "weight"), bound, layout.restricted(support), noise)
     fractions = None
     if method.adaptive is not None:
         cohort = method.sampler.expected_cohort if method.private else None
@@ -170,9 +179,17 @@ def advance(method: Method, state: ServerState, layout: Layout, plan: Plan, rele
         if len(thresholds) > 1:
             tally["server.layer_max_norm"] = list(thresholds)
         thresholds = method.adaptive.step(thresholds, released.fractions)
-    return Outcome(
-        ServerState(params, step.state, state.round + 1, thresholds=thresholds, sent=plan.sent), tally, released.errors, released.attempt
-    )
+    average = _average(state.average, released.mean, support_of(plan.spec, method.client, layout)) if method.client.needs_average else None
+    after = ServerState(params, step.state, state.round + 1, thresholds=thresholds, sent=plan.sent, average=average)
+    return Outcome(after, tally, released.errors, released.attempt)
+
+
+def _average(before: torch.Tensor | None, mean: torch.Tensor, support: torch.Tensor | None) -> torch.Tensor:
+    """Return the average by coordinate of what was released; a coordinate that was not on the support keeps its own."""
+    average = torch.zeros_like(mean) if before is None else before.clone()
+    where = slice(None) if support is None else support
+    average[where] += AVERAGE_WEIGHT * (mean[where] - average[where])
+    return average
 
 
 def finish(

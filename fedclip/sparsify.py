@@ -1,7 +1,7 @@
 """Stages that send some coordinates and drop the others: the largest ones, or a support that everybody knows beforehand.
 
 What they drop is lost, unless they stand inside `with_error_feedback`. Values that are kept keep their bits. A support that does not
-depend on anybody's data needs no indices on the wire in principle; the codec writes them all the same.
+depend on anybody's data of the round costs no bytes for indices, and noise is needed on it alone.
 """
 
 import math
@@ -97,7 +97,7 @@ class RandomK(Transform):
         check_density(self.density)
         _check_seed(self.seed)
 
-    def support(self, round: int, layout: Layout) -> torch.Tensor:
+    def support(self, round: int, layout: Layout, average: torch.Tensor | None = None) -> torch.Tensor:
         """Return the coordinates of a round: int64, ascending, shape (k,)."""
         rng = np.random.default_rng([RANDOM_K, self.seed, round])
         chosen = rng.choice(layout.size, kept_count(self.density, layout.size), replace=False, shuffle=False)
@@ -118,32 +118,51 @@ class RandomK(Transform):
 class CommonMask(Transform):
     """Keep one part of a random partition of the coordinates, the same for all users of a round, another part in each round.
 
-    The partition has `P = ceil(1 / density)` parts (at most d); within P rounds every coordinate is kept exactly once, and then
-    another partition is drawn. Of each P consecutive coordinates `P g .. P g + P - 1` one is kept a round, `(r_g + round) mod P`
+    The partition has `P = ceil(1 / (fresh density))` parts (at most d); within P rounds every coordinate is kept at least once, and
+    then another partition is drawn. Of each P consecutive coordinates `P g .. P g + P - 1` one is kept a round, `(r_g + round) mod P`
     with r_g by public seed: each tensor has its share, and finding a support takes time and memory O(k).
 
-    Parts chosen by the largest magnitudes of averages that were released before are not offered yet.
+    With `fresh` under 1 only that part of the k coordinates is of the partition. The others are the largest magnitudes of an average of
+    what was released before: coordinates that moved most go on moving, and the fresh ones find those that should. Neither depends on
+    anybody's data of this round, so that the noise need not cover the other coordinates: its norm falls by sqrt(k / d). The server tells
+    clients the support then, which counts as bytes on the way down.
 
     Attributes:
-        density: part that is kept, in (0, 1]; what is kept is 1 / P.
-        seed: public; a round's support follows from it, the round and d.
+        density: part that is kept, k / d, in (0, 1].
+        seed: public; with the round and d it gives the fresh part.
+        fresh: part of the k that comes from the partition, in (0, 1].
     """
 
     stage_name: ClassVar[str] = "common_mask"
     density: float
     seed: int = 0
+    fresh: float = 1.0
 
     def __post_init__(self) -> None:
         check_density(self.density)
         _check_seed(self.seed)
+        if not 0 < self.fresh <= 1:
+            raise ValueError(f"Expected 0 < fresh <= 1, got {self.fresh}; without fresh coordinates the first ones would stay for good.")
+
+    @property
+    def needs_average(self) -> bool:
+        """Whether the support depends on what was released before."""
+        return self.fresh < 1
 
     def period(self, layout: Layout) -> int:
-        """Return P: after so many rounds every coordinate was kept once."""
+        """Return P: after so many rounds every coordinate was kept."""
         # A density of 1/3 is no float number: the ceiling of its inverse must not be 4.
-        return max(1, min(layout.size, math.ceil(1 / self.density - 1e-9)))
+        return max(1, min(layout.size, math.ceil(1 / (self.fresh * self.density) - 1e-9)))
 
-    def support(self, round: int, layout: Layout) -> torch.Tensor:
-        """Return the coordinates of a round: int64, ascending."""
+    def support(self, round: int, layout: Layout, average: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the coordinates of a round: int64, ascending. What both parts choose counts once."""
+        fresh = self._fresh(round, layout)
+        if not self.needs_average or average is None:
+            return fresh
+        top = largest(average, max(0, kept_count(self.density, layout.size) - fresh.numel()))
+        return torch.from_numpy(np.union1d(fresh.numpy(), top.cpu().numpy()))
+
+    def _fresh(self, round: int, layout: Layout) -> torch.Tensor:
         parts = self.period(layout)
         cycle, part = divmod(round - 1, parts)
         groups = -(-layout.size // parts)
@@ -153,7 +172,8 @@ class CommonMask(Transform):
 
     def apply(self, update: Update, state: State, ctx: Ctx) -> Step:
         """Return the coordinates of the round, sparse; measures `density` and `compression_error`."""
-        return _on_support(update, self.support(ctx.round, ctx.layout), ctx.layout)
+        support = self.support(ctx.round, ctx.layout) if ctx.support is None else ctx.support
+        return _on_support(update, support, ctx.layout)
 
     def bound(self, incoming: Bound, layout: Layout) -> Bound:
         """Return the incoming bound: dropping only shrinks."""

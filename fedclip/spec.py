@@ -1,5 +1,6 @@
 """`RoundSpec`: all that the server tells clients for a round, as plain data."""
 
+import base64
 import dataclasses
 import hashlib
 import json
@@ -30,6 +31,7 @@ class RoundSpec:
         clip_bits: how many bits each user says of the bounds of its last clip; 0 where they do not adapt.
         grid: the fixed-point grid of the sum.
         params: the encoded model that everyone starts from.
+        support: the coordinates that everyone sends, packed, where the chain needs to be told; empty otherwise.
     """
 
     streams: Streams
@@ -42,17 +44,19 @@ class RoundSpec:
     clip_bits: int
     grid: Grid
     params: bytes
+    support: bytes = b""
 
     def shared(self) -> dict[str, Any]:
         """Return everything but the parameters as plain data."""
         data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "params"}
-        return data | {"streams": dataclasses.asdict(self.streams), "grid": dataclasses.asdict(self.grid), "client": list(self.client)}
+        plain = {"streams": dataclasses.asdict(self.streams), "grid": dataclasses.asdict(self.grid), "client": list(self.client)}
+        return data | plain | {"support": base64.b64encode(self.support).decode("ascii")}
 
     @classmethod
     def from_shared(cls, data: Mapping[str, Any], params: bytes) -> "RoundSpec":
         """Return the specification that `shared` described."""
         rest = {"streams": Streams(**data["streams"]), "grid": Grid(**data["grid"]), "client": tuple(data["client"])}
-        return cls(**{**data, **rest}, params=params)
+        return cls(**{**data, **rest, "support": base64.b64decode(data["support"])}, params=params)
 
     @property
     def digest(self) -> str:

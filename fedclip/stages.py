@@ -93,11 +93,11 @@ def random_k(density: Density, seed: Seed = 0, scale: bool = False) -> "RandomK"
     return RandomK(density, seed, scale)
 
 
-def common_mask(density: Density, seed: Seed = 0) -> "CommonMask":
-    """Keep one part of a random partition of the coordinates, the same for all users, another in each round."""
+def common_mask(density: Density, seed: Seed = 0, fresh: Density = 1.0) -> "CommonMask":
+    """Keep coordinates that all users share: of a random partition, another part in each round, and of what was released before."""
     from fedclip.sparsify import CommonMask
 
-    return CommonMask(density, seed)
+    return CommonMask(density, seed, fresh)
 
 
 def fp16() -> "Fp16":

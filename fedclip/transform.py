@@ -48,6 +48,7 @@ class Ctx:
         round: round number, from 1.
         params: the parameters that the user started from, shape (d,).
         weight: this user's weight, in (0, 1] under privacy.
+        support: the coordinates that are sent in this round, where the server says which; None: the stage itself knows.
     """
 
     layout: Layout
@@ -55,6 +56,7 @@ class Ctx:
     round: int
     params: torch.Tensor
     weight: float = 1.0
+    support: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,6 +113,27 @@ class Transform(ABC):
 
     def has_momentum(self, ndim: int) -> bool:
         """Return whether this stage keeps a momentum for tensors of `ndim` dimensions."""
+        return False
+
+    def support(self, round: int, layout: Layout, average: torch.Tensor | None = None) -> torch.Tensor | None:
+        """Return the only coordinates that this stage lets out in a round, the same for all users; None: any.
+
+        It depends on nothing but public numbers and what was released before. So it needs no bytes on the wire, and noise on these
+        coordinates alone hides a user.
+
+        Args:
+            round: round number, from 1.
+            layout: how the vector is made up.
+            average: of what was released before, shape (d,), where `needs_average`; None before the first release.
+
+        Returns:
+            int64, ascending and distinct, shape (k,).
+        """
+        return None
+
+    @property
+    def needs_average(self) -> bool:
+        """Whether the support depends on what was released before, so that the server has to tell it to clients."""
         return False
 
 
@@ -177,6 +200,16 @@ class Chain(Transform):
         """Return whether any stage keeps a momentum for tensors of `ndim` dimensions."""
         return any(s.has_momentum(ndim) for s in self.stages)
 
+    def support(self, round: int, layout: Layout, average: torch.Tensor | None = None) -> torch.Tensor | None:
+        """Return the support of the last stage that has one."""
+        found = (s.support(round, layout, average) for s in reversed(self.stages))
+        return next((s for s in found if s is not None), None)
+
+    @property
+    def needs_average(self) -> bool:
+        """Whether any stage's support depends on what was released before."""
+        return any(s.needs_average for s in self.stages)
+
 
 def chain(*stages: Transform) -> Chain:
     """Return the stages as one transform, applied from left to right; `chain()` is the identity."""
@@ -227,6 +260,15 @@ class ErrorFeedback(Transform):
     def has_momentum(self, ndim: int) -> bool:
         """Return whether `inner` keeps a momentum for tensors of `ndim` dimensions."""
         return self.inner.has_momentum(ndim)
+
+    def support(self, round: int, layout: Layout, average: torch.Tensor | None = None) -> torch.Tensor | None:
+        """Return the support of `inner`."""
+        return self.inner.support(round, layout, average)
+
+    @property
+    def needs_average(self) -> bool:
+        """Whether the support of `inner` depends on what was released before."""
+        return self.inner.needs_average
 
 
 def with_error_feedback(inner: Transform) -> ErrorFeedback:

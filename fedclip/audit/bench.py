@@ -10,14 +10,15 @@ import torch
 from fedclip.client import Collector, Contribution, Partial, Site, pack_bits
 from fedclip.client import train_blocks as train
 from fedclip.layout import Layout
-from fedclip.method import Method, ServerState
+from fedclip.method import PROBE, Method, ServerState
 from fedclip.optimizers import SGD
 from fedclip.round import Outcome, Plan, begin, finish
 from fedclip.schedules import Schedule
 from fedclip.spec import Block, RoundSpec
 from fedclip.tally import Tally
-from fedclip.transform import Chain
+from fedclip.transform import Chain, ErrorFeedback, Transform
 from fedclip.update import Dense
+from fedclip.wire import Wire
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,8 @@ class Bench:
         """Return what clients send who state what they like: these vectors, clip bits (by default all within the bound), any weight."""
         bits = pack_bits(clip_bits if clip_bits is not None else (True,) * plan.spec.clip_bits)
         updates = (Dense(torch.from_numpy(vector.astype(np.float32))) for vector in vectors)
-        payloads = (self.method.codec.encode(update, self.layout) for update in updates)
+        wire = Wire.of(plan.spec, self.method.client, self.layout)
+        payloads = (wire.encode(update) for update in updates)
         return [Contribution(user, payload, 2.0, {"users": 1.0}, clip_bits=bits) for user, payload in enumerate(payloads)]
 
     def sums_of(self, plan: Plan, vectors: Iterable[np.ndarray], clip_bits: Sequence[bool] | None = None) -> Partial:
@@ -102,11 +104,34 @@ class Bench:
             collector.take(0, contribution)
         return collector.partial()
 
+    def support(self, round: int) -> np.ndarray | None:
+        """Return the coordinates that users may send in a round, bool, shape (d,); None: all of them."""
+        indices = self.method.client.support(round, self.layout)
+        if indices is None:
+            return None
+        there = np.zeros(self.layout.size, dtype=bool)
+        there[indices.numpy()] = True
+        return there
+
     def nobody(self, plan: Plan, users: int) -> Partial:
         """Return the sum over users whose updates are zero, and whose clip bits cancel."""
         total = torch.zeros(self.layout.size, dtype=torch.int64)
         tallies: dict[int, Tally] = {0: {"users": float(users), "weight": float(users)}} if users else {}
         return Partial(total, users, tallies, (), (0,) * plan.spec.clip_bits)
+
+
+def unmasked(method: Method) -> Method:
+    """Return the method with all coordinates sent, where it has a common mask: the same mechanism on more coordinates."""
+
+    def without(stage: Transform) -> Transform:
+        if isinstance(stage, Chain):
+            return Chain(tuple(without(s) for s in stage.stages))
+        if isinstance(stage, ErrorFeedback):
+            return ErrorFeedback(without(stage.inner))
+        return stage if stage.support(1, PROBE) is None else Chain()
+
+    client = Chain((without(method.client),))
+    return dataclasses.replace(method, client=client) if method.client.support(1, PROBE) is not None else method
 
 
 def users_of(plan: Plan) -> list[int]:

@@ -12,8 +12,8 @@ from fedclip.method import Method
 from fedclip.release import Gaussian
 from fedclip.transform import Bound
 
-Support = Callable[[int], np.ndarray]
-"""The coordinates on which users may send anything in a round, bool, shape (d,): public, the same whoever takes part."""
+Support = Callable[[int], np.ndarray | None]
+"""The coordinates on which users may send anything in a round, bool, shape (d,): public, the same whoever takes part. None: all."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -29,15 +29,17 @@ def audit_noise(
         support: where the noise has to be; None: everywhere.
     """
     attempts = [(1, 1), (2, 1), (3, 1), (1, 2)]
-    rounds = max(8, -(-samples // max(1, bench.layout.size)))
+    first = None if support is None else support(1)
+    rounds = max(8, -(-samples // max(1, bench.layout.size if first is None else int(first.sum()))))
     keys = [(r, 0) for r in range(1, 5)] + attempts + [(r, 0) for r in range(5, rounds + 1)]
     released, wanted = [], np.ones((len(keys), bench.layout.size), dtype=bool)
     for row, (round, attempt) in enumerate(keys):
         plan = bench.plan(round, attempt)
         crowd = [bench.nobody(plan, 2 * int(bench.denominator) + 1)] if row % 2 else []
         released.append(bench.released(plan, crowd))
-        if support is not None:
-            wanted[row] = support(round)
+        there = None if support is None else support(round)
+        wanted[row] = True if there is None else there
+    outside = float(np.max(np.abs(np.stack(released)[~wanted]), initial=0.0))
     x = np.where(wanted, np.stack(released) / claim.by_coordinate, 0.0)
     share = level / 6
     return (
@@ -48,6 +50,7 @@ def audit_noise(
         _between_neighbours(x, share),
         _replay(bench),
         _crowd(bench, claim),
+        Finding("noise: outside the support", 0.0, outside, not outside, "the most that was released on coordinates that nobody sends"),
     )
 
 

@@ -163,7 +163,8 @@ def audit_contributions(bench: Bench, *, count: int = 60_000, seed: int = 0, sup
     moved = np.diff(totals, axis=0)
     # The sum may wrap around where a mutant lets anything in; the difference of two sums does not.
     effects = moved * 2.0**-plan.spec.grid.exponent
-    outside = 0.0 if support is None else float(np.max(np.abs(effects[:, ~support(1)]), initial=0.0))
+    there = None if support is None else support(1)
+    outside = 0.0 if there is None else float(np.max(np.abs(effects[:, ~there]), initial=0.0))
     largest = max((ratio_to_bound(v, bound, layout) for v in np.unique(effects, axis=0)), default=0.0)
     found = math.inf if outside else largest
     return Finding("contributions", 1.0, found, found <= 1 + CLOSE, f"the largest effect of one in {count:,}, in units of the bound")

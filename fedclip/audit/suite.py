@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from fedclip.accounting import guarantee
-from fedclip.audit.bench import Bench, System, capped, compact
+from fedclip.audit.bench import Bench, System, capped, compact, unmasked
 from fedclip.audit.bits import audit_bits
 from fedclip.audit.claims import claim_of
 from fedclip.audit.cohorts import audit_cohorts, audit_denominator
@@ -95,18 +95,20 @@ def parts(
     effort, system, secret = effort or Effort(), system or System(), f"audit:{seed}"
     whole = cut(layout, MOST_COORDINATES)
     bench, small = Bench(method, whole, system, secret), Bench(method, narrow(method, layout), system, secret)
-    one_each = Bench(method, compact(layout, 1), system, secret)
+    # A common mask is looked at where noise and contributions are; what is told from a release is told from all coordinates.
+    everywhere = unmasked(method)
+    one_each = Bench(everywhere, compact(layout, 1), system, secret)
     claim = claim_of(bench.method, whole)
-    counted = fit_for_counting(method, layout)
+    counted = fit_for_counting(everywhere, layout)
 
     def epsilon(sampler: Sampler, z: float, releases: int) -> float:
         return guarantee(sampler, z, releases, delta).epsilon
 
-    yield lambda: audit_noise(bench, claim, samples=effort.samples, level=0.4 * FALSE_ALARM)
+    yield lambda: audit_noise(bench, claim, samples=effort.samples, level=0.4 * FALSE_ALARM, support=bench.support)
     yield lambda: audit_bits(one_each, claim_of(one_each.method, one_each.layout), level=0.1 * FALSE_ALARM)
     yield lambda: (audit_denominator(one_each, claim_of(one_each.method, one_each.layout)),)
     yield lambda: audit_cohorts(small, rounds=effort.cohorts, level=0.2 * FALSE_ALARM)
-    yield lambda: (audit_contributions(small, count=effort.contributions, seed=seed),)
+    yield lambda: (audit_contributions(small, count=effort.contributions, seed=seed, support=small.support),)
     yield lambda: audit_hostile(method, capped(layout, 4), rounds=effort.hostile_rounds, system=system)
     if task is not None:
         yield lambda: audit_replay(

@@ -109,6 +109,39 @@ def test_states_of_users_and_adaptive_bounds_have_the_bits_of_one_process(vision
     assert len({Path(name).parent for name in here[2]}) < len(here[2]), "nobody came twice"
 
 
+COMPRESSED = {
+    "a common mask that follows what was released": (
+        "strategy={client=[{common_mask={density=0.1, fresh=0.5}}, {clip_per_layer={max_norm=0.5}}, {quantize={bits=8}}], "
+        "server=[{lamb={lr=0.02}}]}",
+        "codec.name=packed",
+        "downlink.stages=[{quantize={bits=8}}]",
+    ),
+    "DGC, differences on the way down": (
+        "strategy={client=[{dgc={density=0.01, grid='int8'}}, {clip_per_layer={max_norm=0.5}}], server=[{sgd={lr=1.0, momentum_1d=0.9}}]}",
+        "codec.name=packed",
+        "downlink.stages=[{top_k={density=0.1}}, {fp16={}}]",
+        "downlink.differences=true",
+        "sampler.cohort=12",
+    ),
+}
+
+
+@pytest.mark.usefixtures("ray_session")
+@pytest.mark.parametrize("name", COMPRESSED)
+def test_compressed_rounds_have_the_bits_of_one_process(vision: Path, tmp_path: Path, name: str) -> None:
+    def ends(folder: Path, *overrides: str) -> tuple[torch.Tensor, list[float]]:
+        with open_engine(prepare(read_experiment(vision, [*COMPRESSED[name], *overrides])), folder) as engine:
+            folder.mkdir()
+            outcomes = [engine.round() for _ in range(ROUNDS)]
+            return engine.state.params, [o.tally["uplink_bytes"] for o in outcomes]
+
+    here = ends(tmp_path / "process", "run.engine=process")
+    for reply in ("sums", "updates"):
+        there = ends(tmp_path / reply, "run.workers=2", f"run.reply={reply}")
+        assert torch.equal(here[0], there[0])
+        assert here[1] == there[1]
+
+
 def test_on_ray_a_chain_that_remembers_users_needs_a_folder(vision: Path) -> None:
     from strategies.federated import Federated
 

@@ -27,6 +27,8 @@ from fedclip.clipping import ClipByGlobalNorm, ClipPerLayer
 from fedclip.layout import Layout
 from fedclip.release import Gaussian, Release
 from fedclip.sampling import FixedSize, Poisson
+from fedclip.sparsify import CommonMask, RandomK, TopK
+from fedclip.transform import chain
 from tests.fedclip import audit_mutants as mutants
 
 LAYOUT, DELTA, ROUNDS = mutants.LAYOUT, 1e-6, 100
@@ -69,6 +71,8 @@ RIGHT_NOISE = {
     "blocks": mutants.method(ClipPerLayer(0.5, layers="block"), Gaussian(1.0, "bounds")),
     "adaptive": mutants.method(adaptive=AdaptiveClip(), sampler=Poisson(1000, 30.0)),
     "fixed size": mutants.method(sampler=FixedSize(100, 20)),
+    "a common mask": mutants.method(chain(CommonMask(0.1), ClipPerLayer(0.5))),
+    "a random support, noise by bounds": mutants.method(chain(RandomK(0.3), ClipPerLayer(0.5)), Gaussian(1.0, "bounds")),
     "the smallest bound": mutants.method(ClipByGlobalNorm(1e-30)),
     "the largest bound": mutants.method(ClipByGlobalNorm(1e30)),
 }
@@ -76,7 +80,8 @@ RIGHT_NOISE = {
 
 @pytest.mark.parametrize("name", RIGHT_NOISE)
 def test_right_noise_passes(name):
-    assert failed(noise(RIGHT_NOISE[name])) == set()
+    method = RIGHT_NOISE[name]
+    assert failed(noise(method, support=Bench(method, LAYOUT).support)) == set()
 
 
 WRONG_NOISE = {
@@ -92,6 +97,10 @@ WRONG_NOISE = {
     "neighbours share noise": (mutants.method(mechanism=mutants.Smooth(1.0)), "noise: between coordinates"),
     "another noise when repeated": (mutants.method(mechanism=mutants.Unrepeatable(1.0)), "noise: the same attempt again"),
     "noise only where something was sent": (mutants.method(release=mutants.OnlyWhereSent), "noise: deviation"),
+    "noise only where the largest were sent": (
+        mutants.method(chain(TopK(0.3), ClipPerLayer(0.5)), release=mutants.OnlyWhereSent),
+        "noise: deviation",
+    ),
     "an empty cohort without noise": (mutants.method(release=mutants.NothingForNobody), "noise: empty cohort"),
     "z of update and bits for the update alone": (
         mutants.method(adaptive=mutants.BitsForFree(), sampler=Poisson(1000, 30.0)),
@@ -124,6 +133,15 @@ def test_a_public_mask_is_right_and_claimed_by_its_support():
 
     assert failed(noise(masked, support=support)) == set()
     assert "noise: deviation" in failed(noise(masked)), "without a support the noise has to be everywhere"
+
+
+def test_noise_beside_a_mask_is_caught():
+    masked = mutants.method(chain(CommonMask(0.1), ClipPerLayer(0.5)))
+
+    def another(round):
+        return Bench(masked, LAYOUT).support(round + 1)
+
+    assert failed(noise(masked, support=another)) >= {"noise: deviation", "noise: outside the support"}
 
 
 @functools.cache
@@ -376,6 +394,7 @@ LIGHTER = dataclasses.replace(LIGHT, cohorts=300, canaries=300)
 METHODS = {
     "plain": mutants.method(),
     "adaptive": mutants.method(adaptive=AdaptiveClip(), sampler=Poisson(500, 60.0)),
+    "masked": mutants.method(chain(CommonMask(0.2), ClipPerLayer(0.5))),
 }
 
 
@@ -385,6 +404,11 @@ def findings_of(method, seeds, effort, layout=LAYOUT):
         # A finding passes when its z is the claimed one or larger, whatever decreasing function of z is shown: take a quick one.
         patch.setattr(suite, "guarantee", functools.cache(lambda *claim: epsilons(*claim, ["rdp"])["rdp"]))
         return [audit(method, layout, rounds=ROUNDS, delta=DELTA, effort=effort, seed=seed) for seed in seeds]
+
+
+def test_a_right_method_with_a_mask_is_found_right():
+    found = findings_of(METHODS["masked"], range(3), LIGHTER)
+    assert sum(failed(findings) != set() for findings in found) <= 1
 
 
 def test_a_right_method_is_found_right():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from fedclip import sparsify
 from fedclip.adaptive import AdaptiveClip
 from fedclip.audit.bench import Bench, System
 from fedclip.audit.chains import audit_chain
@@ -14,9 +15,11 @@ from fedclip.audit.replay import audit_contributions, audit_hostile, audit_repla
 from fedclip.audit.suite import narrow
 from fedclip.client import Client, Site
 from fedclip.clipping import ClipByGlobalNorm, ClipPerLayer
+from fedclip.dgc import DGC
 from fedclip.layout import Layout
 from fedclip.local import LocalSGD
 from fedclip.method import ServerState
+from fedclip.quantize import Entropy, Fp16, Quantize, Sign
 from fedclip.release import Gaussian
 from fedclip.replica import Replica
 from fedclip.round import begin
@@ -44,7 +47,22 @@ CHAINS = [
     with_error_feedback(chain(ClipByGlobalNorm(2.0), ClipPerLayer(1.0))),
     chain(with_error_feedback(TopK(3)), ClipByGlobalNorm(1.0)),
     chain(ClipByGlobalNorm(1.0), TopK(3)),
+    chain(with_error_feedback(Entropy(1.0)), ClipByGlobalNorm(0.5)),
+    chain(with_error_feedback(Sign()), ClipByGlobalNorm(0.5)),
+    chain(sparsify.RandomK(0.3), ClipByGlobalNorm(0.5)),
+    chain(with_error_feedback(sparsify.CommonMask(0.3)), ClipPerLayer(0.5)),
+    chain(DGC(0.3, clip_norm=1.0), ClipPerLayer(0.5)),
+    chain(DGC(0.3, nesterov=True, warmup=(), small="sparse", grid="int8"), ClipPerLayer(0.5, mode="normalize")),
 ]
+ROUNDED = [
+    chain(sparsify.TopK(0.3), ClipPerLayer(0.5), Quantize(8, 32)),
+    chain(with_error_feedback(sparsify.TopK(0.3, "model")), ClipPerLayer(0.5), Fp16()),
+    chain(with_error_feedback(sparsify.CommonMask(0.3)), ClipPerLayer(0.5), Quantize(4, 3)),
+    chain(DGC(0.3, clip_norm=1.0), ClipPerLayer(0.5), Quantize(8, 256)),
+    chain(ClipByGlobalNorm(1.0), Sign()),
+    chain(ClipPerLayer(1.0), Entropy(1.0)),
+]
+"""Chains that round after the clip: what is sent may exceed the bound a little, and the guard takes it back."""
 SAMPLER, LOCAL = Poisson(100, 20.0), LocalSGD(0.1, steps=1)
 NEEDED = {"pfl4asr": {"max_norm": 0.5}, "stages": {"client": [{"clip_per_layer": {"max_norm": 1.0}}], "server": [{"sgd": {"lr": 1.0}}]}}
 
@@ -63,6 +81,12 @@ def recipe(name, **more):
 def test_one_user_moves_the_sum_of_any_chain_by_its_bound_at_most(stage, layout):
     """Twenty rounds, state kept by user id, vectors up to 3e38 with NaNs, infinities, zeros of both signs and empty tensors."""
     assert failed(audit_chain(stage, layout)) == set()
+
+
+@pytest.mark.parametrize("layout", [LAYERS, BLOCKS], ids=["tensors", "blocks"])
+@pytest.mark.parametrize("stage", ROUNDED, ids=lambda s: repr(s)[:80])
+def test_what_rounding_adds_after_the_clip_the_guard_takes_back(stage, layout):
+    assert failed(audit_chain(stage, layout)) <= {"chain: what is sent"}
 
 
 def test_weights_of_layers_and_rounding_stages_are_within_the_bound_too():
@@ -105,6 +129,11 @@ WRONG_CHAINS = {
     "and no guard": (mutants.FeedbackAfterClipUnguarded(), {}, {"chain: one user's effect", "chain: what is sent"}),
     "state keyed by worker": (
         with_error_feedback(ClipByGlobalNorm(0.5)),
+        {"key": lambda user, worker: worker},
+        {"chain: one user's effect", "chain: effect when away"},
+    ),
+    "state of DGC keyed by worker": (
+        chain(DGC(0.3, warmup=()), ClipByGlobalNorm(0.5)),
         {"key": lambda user, worker: worker},
         {"chain: one user's effect", "chain: effect when away"},
     ),

@@ -312,6 +312,7 @@ def test_the_digest_covers_all_that_is_shared():
         {"clip_bits": 1},
         {"grid": dataclasses.replace(grid, exponent=1)},
         {"params": spec.params + b"\x00"},
+        {"support": b"1"},
     ]
     assert {next(iter(c)) for c in changes} == {f.name for f in dataclasses.fields(spec)}
     assert len({spec.digest, *(dataclasses.replace(spec, **c).digest for c in changes)}) == len(changes) + 1
