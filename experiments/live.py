@@ -71,6 +71,8 @@ class Reporter:
             self._console.print(f"  {error}", highlight=False, markup=False)
         result = describe_result(summary)
         self._console.print(f"{summary['status']}: {summary['rounds']} rounds in {summary['total_seconds']:.0f} s{result}", highlight=False)
+        if "uplink_ratio" in summary:
+            self._console.print(describe_traffic(summary), highlight=False, soft_wrap=True)
         for key in ("measured", "extrapolated"):
             if key in summary:
                 self._console.print(Guarantee(**summary[key]).describe(), highlight=False, soft_wrap=True)
@@ -111,6 +113,17 @@ def describe_result(metrics: dict[str, Any]) -> str:
             value, low, high = (100 * metrics[k] for k in (key, f"{key}_low", f"{key}_high"))
             return f", {name} {value:.1f}% (95% interval {low:.1f} to {high:.1f})"
     return ""
+
+
+def describe_traffic(summary: dict[str, Any]) -> str:
+    """Return what went over the wire in a run, both ways and warm-up included, and the steady-state uplink ratio that papers print."""
+    up, down, up_each, down_each = (size(summary[f"{way}link_bytes_{per}"]) for per in ("total", "per_user") for way in ("up", "down"))
+    return (
+        f"bytes: {up} up, {down} down, {up_each} and {down_each} for a user in a round; over the whole run "
+        f"{summary['both_ways_ratio']:.3g} times less than dense float32 both ways, up alone {summary['uplink_ratio']:.4g} "
+        f"(steady state {summary['uplink_ratio_steady']:.4g}); "
+        f"each user took part {summary['participations_per_user']:.3g} times"
+    )
 
 
 def size(count: float) -> str:

@@ -25,6 +25,7 @@ class Progress:
         without_data: users with nothing to train on.
         uplink: payload bytes up.
         downlink: payload bytes down.
+        steady: payload bytes up of a user, in the last round that had any: after a warm-up what one costs from then on.
         seconds: time that the run took, over all the processes that worked on it.
         saving_seconds: of that, the time for ledger, releases and checkpoints.
         metrics: the last value of each metric.
@@ -37,6 +38,7 @@ class Progress:
     without_data: float = 0.0
     uplink: float = 0.0
     downlink: float = 0.0
+    steady: float = 0.0
     seconds: float = 0.0
     saving_seconds: float = 0.0
     metrics: dict[str, float] = field(default_factory=dict)
@@ -49,11 +51,13 @@ class Progress:
 
     def add(self, outcome: Outcome) -> None:
         """Take a round in."""
-        self.users += number(outcome.tally, "users")
+        users, up = number(outcome.tally, "users"), number(outcome.tally, "uplink_bytes")
+        self.users += users
         self.failed += number(outcome.tally, "failed_users")
         self.without_data += number(outcome.tally, "users_without_data")
-        self.uplink += number(outcome.tally, "uplink_bytes")
+        self.uplink += up
         self.downlink += number(outcome.tally, "downlink_bytes")
+        self.steady = up / users if users else self.steady
         self.errors += outcome.errors[: max(0, 5 - len(self.errors))]
 
     def judge(self, metrics: dict[str, float], round: int) -> bool:

@@ -225,6 +225,21 @@ def row_of(tally: Tally, round: int, attempt: int, seconds: float) -> dict[str, 
     return row
 
 
+def _traffic(run: Run) -> dict[str, Any]:
+    """Return what a user's taking part in a round costs over the whole run, and how much smaller that is than dense float32."""
+    progress, dense = run.progress, 4 * run.engine.layout.size
+    up, down = progress.uplink / progress.users, progress.downlink / progress.users
+    traffic = {
+        "participations_per_user": progress.users / (run.prepared.experiment.population.size or 1),
+        "uplink_bytes_per_user": up,
+        "downlink_bytes_per_user": down,
+        "both_ways_ratio": 2 * dense / (up + down) if up + down else None,
+        "uplink_ratio": dense / up if up else None,
+        "uplink_ratio_steady": dense / progress.steady if progress.steady else None,
+    }
+    return {name: value for name, value in traffic.items() if value is not None}
+
+
 def _summary(run: Run, status: str) -> dict[str, Any]:
     experiment, method, engine, progress = run.prepared.experiment, run.prepared.method, run.engine, run.progress
     summary: dict[str, Any] = {
@@ -240,6 +255,8 @@ def _summary(run: Run, status: str) -> dict[str, Any]:
         "uplink_bytes_total": int(progress.uplink),
         "downlink_bytes_total": int(progress.downlink),
     }
+    if progress.users:
+        summary |= _traffic(run)
     if progress.best:
         summary["best"] = progress.best
     if engine.account is not None:

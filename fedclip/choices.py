@@ -26,5 +26,8 @@ Normalization = Literal["mean", "sum"]
 SmallTensors = Literal["dense", "sparse"]
 """How a sparsifier treats tensors of one dimension or none: leave them whole, or as the others."""
 
+Memory = Literal["user", "none"]
+"""Whether a stage remembers each user from round to round."""
+
 Precision = Literal["float32", "float16", "int8"]
 """What values are sent as."""

@@ -22,9 +22,9 @@ from fedclip.spec import Block, RoundSpec
 from fedclip.stages import build_stage
 from fedclip.tally import Tally, add_up
 from fedclip.tasks.base import Counts, Task
-from fedclip.transform import Chain, Ctx, Transform, has_content
+from fedclip.transform import Chain, Ctx, State, Transform, has_content
 from fedclip.update import Dense, Update, finite_or_zero, scale, to_dense
-from fedclip.user_states import UserStates
+from fedclip.user_states import UserStates, halved, restored
 from fedclip.wire import Wire
 
 log = logging.getLogger(__name__)
@@ -124,17 +124,26 @@ class Client:
         if self.spec.private:
             update = scale(update, weight)
         ctx = Ctx(self.layout, streams.generator("chain", user), streams.round, self.params, weight, self.wire.support)
-        state = self.fresh if self.states is None else self.states.load(user, streams.round, self.fresh)
+        state = self._remembered(user)
         step = self.chain.apply(update, state, ctx)
         payload = self.wire.encode(step.update)
         if self.states is not None:
-            self.states.stage(user, streams.round, streams.attempt, step.state)
+            after = halved(step.state) if self.spec.half_states else step.state
+            self.states.stage(user, streams.round, streams.attempt, after)
         bits = pack_bits(step.clip_bits) if self.spec.clip_bits else b""
         tally: Tally = {"users": 1.0, "uplink_bytes": float(len(payload) + len(bits)), "not_finite": float(not finite), **left_out}
         if math.isfinite(loss):
             tally |= {"train_loss": loss, "losses": 1.0}
         tally |= {f"chain.{k}": list(v) if isinstance(v, tuple) else v for k, v in step.measurements.items()}
         return Contribution(user, payload, 1.0 if self.spec.private else weight, tally, clip_bits=bits)
+
+    def _remembered(self, user: int) -> State:
+        """Return what the chain keeps of a user: the fresh state where it was never seen."""
+        if self.states is None:
+            return self.fresh
+        if not self.spec.half_states:
+            return self.states.load(user, self.spec.streams.round, self.fresh)
+        return restored(self.states.load(user, self.spec.streams.round, halved(self.fresh)), self.fresh)
 
 
 class Collector:

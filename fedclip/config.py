@@ -107,9 +107,21 @@ class PrivacyOptions(Options):
 
 
 class CodecOptions(Options):
-    """The wire format of updates and of the model."""
+    """The wire format of updates and of the model, with its arguments: one that ships, or a class of one's own by a door."""
 
-    name: Literal["dense", "packed"] = "dense"
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str = "dense"
+
+
+CODECS = ("dense", "packed")
+"""The wire formats that ship."""
+
+
+class StatesOptions(Options):
+    """How what the client chain remembers of users is kept between rounds."""
+
+    precision: Literal["float32", "float16"] = "float32"
+    """float16 takes half of the room, and rounds: 11 bits of each value but the tiny ones."""
 
 
 class DownlinkOptions(Options):
@@ -177,6 +189,7 @@ class Experiment(Options):
     privacy: PrivacyOptions = PrivacyOptions()
     codec: CodecOptions = CodecOptions()
     downlink: DownlinkOptions = DownlinkOptions()
+    states: StatesOptions = StatesOptions()
     evaluation: EvaluationOptions = EvaluationOptions()
     central: CentralOptions = CentralOptions()
     ray: RayOptions = RayOptions()
@@ -236,12 +249,20 @@ def make_experiment(values: Mapping[str, Any]) -> Experiment:
             raise ConfigError(f"strategy.{side}: expected a list of stages, [{{ name = {{ argument = value }} }}, …]; got {stages!r}.")
         for stage in stages:
             check_stage(stage, f"strategy.{side}")
+    if ":" not in experiment.codec.name and experiment.codec.name not in CODECS:
+        raise unknown("codec.name", experiment.codec.name, (*CODECS, "module:factory", "file.py:factory"), "codec")
+    check_stage(codec_stage(experiment), "codec")
     for stage in experiment.downlink.stages:
         check_stage(stage, "downlink.stages")
     size = experiment.population.size
     if size is not None and experiment.sampler.cohort > size:
         raise ConfigError(f"sampler.cohort: expected at most population.size = {size}, got {experiment.sampler.cohort:g}.")
     return experiment
+
+
+def codec_stage(experiment: Experiment) -> dict[str, Any]:
+    """Return the wire format of an experiment as a stage."""
+    return {experiment.codec.name: dict(experiment.codec.model_extra or {})}
 
 
 def _override(values: dict[str, Any], override: str) -> None:

@@ -6,16 +6,14 @@ from typing import ClassVar, get_args
 
 import torch
 
-from fedclip.choices import Extent, Normalization, Precision, SmallTensors
+from fedclip.choices import Extent, Memory, Normalization, Precision, SmallTensors
 from fedclip.clipping import clip_factor
 from fedclip.layout import Layout
 from fedclip.quantize import Fp16, Quantize
 from fedclip.sparsify import check_choice, check_density, kept_count, largest_of_each
+from fedclip.stages import PAPER_WARMUP
 from fedclip.transform import UNBOUNDED, Bound, Ctx, State, Step, Transform
 from fedclip.update import Dense, Sparse, Update, layer_norms, norm, scale, scale_layers, to_dense, values_of
-
-PAPER_WARMUP = ((0.25, 1), (0.0625, 1), (0.015625, 1), (0.004, 1))
-"""The paper's densities before the last one, an epoch each: 75, 93.75, 98.4375 and 99.6 % are left out."""
 
 LARGEST_FLOAT = torch.finfo(torch.float32).max
 
@@ -52,8 +50,9 @@ class DGC(Transform):
     local step, before the accumulation.
 
     u and v are of the user: whoever takes part r times has sent about r density of what it holds, so that rare participants gain
-    nothing from them. The stage feeds its own losses back, and wants no error feedback around it. It can send any multiple of an
-    update, so that nothing bounds it: clip after it.
+    nothing from them, and two model copies are kept of each. With `state = "none"` nothing is kept: a user sends the largest of its
+    clipped update, without momentum, and the rest is lost. The stage feeds its own losses back, and wants no error feedback around
+    it. It can send any multiple of an update, so that nothing bounds it: clip after it.
 
     Attributes:
         density: part of a tensor that is sent once warmed up, in (0, 1]; the paper's is 0.001.
@@ -68,6 +67,7 @@ class DGC(Transform):
             as that. The paper's last an epoch each; () begins with `density` at once.
         small: tensors with one dimension or none: `"dense"`, or `"sparse"` as the others.
         grid: what values are sent as: float32, float16 or int8 with a scale for 256 of them.
+        state: keep u and v of each user, or of none.
     """
 
     stage_name: ClassVar[str] = "dgc"
@@ -82,6 +82,7 @@ class DGC(Transform):
     warmup: tuple[tuple[float, int], ...] = PAPER_WARMUP
     small: SmallTensors = "dense"
     grid: Precision = "float32"
+    state: Memory = "user"
 
     def __post_init__(self) -> None:
         check_density(self.density)
@@ -102,6 +103,9 @@ class DGC(Transform):
         check_choice("normalization", self.normalization, get_args(Normalization))
         check_choice("small", self.small, get_args(SmallTensors))
         check_choice("grid", self.grid, get_args(Precision))
+        check_choice("state", self.state, get_args(Memory))
+        if self.nesterov and self.state == "none":
+            raise ValueError("Expected nesterov = false with state = 'none': there is no momentum to look ahead with.")
 
     def density_of(self, round: int) -> float:
         """Return the part of a tensor that is sent in a round, from 1."""
@@ -119,7 +123,9 @@ class DGC(Transform):
         return self.clip_norm * (math.sqrt(self.nodes) if self.normalization == "mean" else 1 / math.sqrt(self.nodes))
 
     def init(self, layout: Layout) -> State:
-        """Return u and v of zeros, float32, shape (d,) each."""
+        """Return u and v of zeros, float32, shape (d,) each; None where nothing is kept."""
+        if self.state == "none":
+            return None
         return torch.zeros(layout.size), torch.zeros(layout.size)
 
     def apply(self, update: Update, state: State, ctx: Ctx) -> Step:
@@ -130,7 +136,8 @@ class DGC(Transform):
         """
         layout = ctx.layout
         clipped = self._clip(update, layout)
-        u, v = self._accumulate(to_dense(clipped, layout), state, layout)
+        g = to_dense(clipped, layout)
+        u, v = self._accumulate(g, state, layout) if state is not None else (g, g.clone())
         before = norm(Dense(v))
         indices = self._chosen(v, layout, self.density_of(ctx.round))
         sent: Update = Sparse(indices, v[indices])
@@ -138,7 +145,7 @@ class DGC(Transform):
         if rounding is not None:
             sent = rounding.apply(sent, None, ctx).update
         v.index_add_(0, indices, values_of(sent), alpha=-1)
-        if self.mask:
+        if self.mask and state is not None:
             u.index_fill_(0, indices, 0.0)
         measured = {
             "density": indices.numel() / max(1, layout.size),
@@ -146,7 +153,7 @@ class DGC(Transform):
         }
         if self.clip_norm is not None:
             measured["local_clipped"] = float(clipped is not update)
-        return Step(sent, (u, v), measured)
+        return Step(sent, None if state is None else (u, v), measured)
 
     def bound(self, incoming: Bound, layout: Layout) -> Bound:
         """Return `UNBOUNDED`: what was accumulated over many rounds may leave in one."""
@@ -154,7 +161,7 @@ class DGC(Transform):
 
     def has_momentum(self, ndim: int) -> bool:
         """Return whether tensors of `ndim` dimensions have their momentum here: all but small ones that are sent whole."""
-        return self.momentum > 0 and not self._is_whole(ndim)
+        return self.momentum > 0 and self.state == "user" and not self._is_whole(ndim)
 
     def _is_whole(self, ndim: int) -> bool:
         return ndim <= 1 and self.small == "dense"

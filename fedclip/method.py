@@ -49,6 +49,7 @@ class Method:
         double_momentum: allow momentum on both sides of one tensor.
         adaptive: how the bounds of the last clip move; None: they stay.
         downlink: how the model goes down to clients.
+        half_states: keep what the client chain remembers of users as float16.
 
     Raises:
         ValueError: under noise, a chain without a clip or with a stage after its last clip that bounds nothing; a chain with
@@ -68,6 +69,7 @@ class Method:
     double_momentum: bool = False
     adaptive: AdaptiveClip | None = None
     downlink: Downlink = field(default_factory=Downlink)
+    half_states: bool = False
 
     def __post_init__(self) -> None:
         if not self.server.stages or not isinstance(self.server.stages[-1], Optimizer):

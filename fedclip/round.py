@@ -107,6 +107,7 @@ def begin(method: Method, state: ServerState, layout: Layout, secret: str, run: 
         clip_bits=len(state.thresholds),
         grid=Grid.for_bound(now.bound(layout).total, len(cohort), largest_weight),
         params=download.payload,
+        half_states=method.half_states,
         support=told,
     )
     size = max(1, math.ceil(method.sampler.expected_cohort / BLOCKS_A_COHORT))

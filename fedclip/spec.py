@@ -31,6 +31,7 @@ class RoundSpec:
         clip_bits: how many bits each user says of the bounds of its last clip; 0 where they do not adapt.
         grid: the fixed-point grid of the sum.
         params: the encoded model that everyone starts from.
+        half_states: whether what the chain keeps of users is kept as float16.
         support: the coordinates that everyone sends, packed, where the chain needs to be told; empty otherwise.
     """
 
@@ -44,6 +45,7 @@ class RoundSpec:
     clip_bits: int
     grid: Grid
     params: bytes
+    half_states: bool = False
     support: bytes = b""
 
     def shared(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
-from fedclip.choices import Extent, Grouping, Mode, NoiseSplit, Normalization, Precision, SmallTensors, Split
+from fedclip.choices import Extent, Grouping, Memory, Mode, NoiseSplit, Normalization, Precision, SmallTensors, Split
 from fedclip.doors import load_door
 from fedclip.options import check_arguments, unknown
 from fedclip.schedules import Schedule
@@ -35,6 +35,9 @@ Count = Annotated[int, Field(ge=1)]
 Density = Annotated[float, Field(gt=0, le=1)]
 Seed = Annotated[int, Field(ge=0)]
 Rate = Positive | Schedule
+
+PAPER_WARMUP = ((0.25, 1), (0.0625, 1), (0.015625, 1), (0.004, 1))
+"""The densities of Deep Gradient Compression (arXiv 1712.01887) before its last one: 75, 93.75, 98.4375 and 99.6 % are left out."""
 
 
 def clip_by_global_norm(max_norm: Positive) -> "ClipByGlobalNorm":
@@ -69,14 +72,15 @@ def dgc(
     nodes: Count = 1,
     normalization: Normalization = "mean",
     mask: bool = True,
-    warmup: tuple[tuple[Density, Count], ...] = ((0.25, 1), (0.0625, 1), (0.015625, 1), (0.004, 1)),
+    warmup: tuple[tuple[Density, Count], ...] = PAPER_WARMUP,
     small: SmallTensors = "dense",
     grid: Precision = "float32",
+    state: Memory = "user",
 ) -> "DGC":
     """Send the largest of what the user's updates, with momentum, have added up to (Deep Gradient Compression)."""
     from fedclip.dgc import DGC
 
-    return DGC(density, momentum, nesterov, clip_norm, clip_by, nodes, normalization, mask, warmup, small, grid)
+    return DGC(density, momentum, nesterov, clip_norm, clip_by, nodes, normalization, mask, warmup, small, grid, state)
 
 
 def top_k(density: Density, by: Extent = "tensor") -> "TopK":

@@ -4,9 +4,12 @@ A state of round r counts once round r is over: a user who takes part in a later
 Whatever a round that did not end has left behind is rolled back. There is no eviction: it would make one user's state depend on others.
 """
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
+
+import torch
 
 from fedclip.sealed import pack_state, read_sealed, sealed, unpack_state
 from fedclip.storage import Storage
@@ -17,8 +20,38 @@ KEPT_VERSIONS = 3
 
 USERS_A_FOLDER = 1000
 
+TOP_OF_HALF = 2.0**15
+"""The largest magnitude of a tensor is scaled to at most this power of two, so that float16 keeps 11 bits of all but tiny values."""
+
 KIND = "user-state"
 END = ".state"
+
+
+def halved(state: State) -> State:
+    """Return a state with each float32 tensor as a pair: float16 numbers, and the power of two that they were divided by."""
+    if isinstance(state, tuple):
+        return tuple(halved(part) for part in state)
+    if not isinstance(state, torch.Tensor) or state.dtype != torch.float32:
+        return state
+    largest = float(state.abs().amax()) if state.numel() else 0.0
+    scale = 2.0 ** math.ceil(math.log2(largest / TOP_OF_HALF)) if largest >= 2.0**-100 else 1.0
+    return (state / scale).half(), scale
+
+
+def restored(kept: State, template: State) -> State:
+    """Return the state that `halved` made smaller, in the structure of a template."""
+    if isinstance(template, tuple):
+        return tuple(restored(part, of) for part, of in zip(kept, template, strict=True))
+    if not isinstance(template, torch.Tensor) or template.dtype != torch.float32:
+        return kept
+    return kept[0].float() * kept[1]
+
+
+def state_bytes(state: State) -> int:
+    """Return how many bytes the tensors of a state take."""
+    if isinstance(state, tuple):
+        return sum(state_bytes(part) for part in state)
+    return state.numel() * state.element_size() if isinstance(state, torch.Tensor) else 0
 
 
 class UserStates(Protocol):

@@ -2,8 +2,9 @@
 
 import hashlib
 import json
+from pathlib import Path
 
-from fedclip.config import DownlinkOptions, Experiment
+from fedclip.config import DownlinkOptions, Experiment, StatesOptions
 from fedclip.options import without_defaults
 from fedclip.stages import local_sgd
 from strategies.privacy import noise_multiplier
@@ -25,7 +26,7 @@ def run_digest(experiment: Experiment) -> str:
         else {"noise_multiplier": noise_multiplier(experiment)}
         | {key: value for key, value in said["privacy"].items() if key.startswith("layer_noise")}
     )
-    said["task"]["name"] = experiment.task.name
+    said["task"]["name"] = Path(experiment.task.name).name  # of a user's own file without the folder that it lies in
     if "corpus" in said["task"]:
         said["task"]["corpus"]["kind"] = experiment.task.corpus.kind  # type: ignore[union-attr]
     said["task"] = {key: value for key, value in said["task"].items() if key not in ("cache_dir", "cache_mb")}
@@ -34,6 +35,8 @@ def run_digest(experiment: Experiment) -> str:
     said["local"] = without_defaults(local_sgd, experiment.local, "local")
     if experiment.downlink != DownlinkOptions():
         said["downlink"] = experiment.downlink.model_dump()
+    if experiment.states != StatesOptions():
+        said["states"] = experiment.states.model_dump()
     said["seed"] = experiment.run.seed
     if experiment.run.init_digest is not None:
         said["init"] = experiment.run.init_digest

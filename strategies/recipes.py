@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from fedclip.adaptive import AdaptiveClip
-from fedclip.choices import Grouping, Mode, Split, Weighting
-from fedclip.config import Experiment, StrategyOptions
+from fedclip.choices import Grouping, Memory, Mode, Precision, SmallTensors, Split, Weighting
+from fedclip.config import Experiment, StrategyOptions, codec_stage
 from fedclip.options import ConfigError, check_arguments, unknown, with_defaults
 from fedclip.stages import (
+    PAPER_WARMUP,
     Count,
+    Density,
     Fraction,
     NotNegative,
     Positive,
@@ -24,6 +26,7 @@ from fedclip.stages import (
     build_stage,
     clip_by_global_norm,
     clip_per_layer,
+    dgc,
     gaussian,
     lamb,
     local_sgd,
@@ -143,6 +146,44 @@ def pfl4asr(
     )
 
 
+def deep_gradient_compression(
+    *,
+    sampler: Any,
+    local: Any,
+    mechanism: Any = None,
+    density: Density = 0.001,
+    momentum: Fraction = 0.9,
+    nesterov: bool = False,
+    clip_norm: Positive | None = None,
+    warmup: tuple[tuple[Density, Count], ...] = PAPER_WARMUP,
+    small: SmallTensors = "dense",
+    grid: Precision = "float32",
+    state: Memory = "user",
+    server_lr: Rate = 1.0,
+    max_norm: Positive | None = None,
+    double_momentum: bool = False,
+) -> "Method":
+    """Deep Gradient Compression (arXiv 1712.01887): momentum correction, local clipping, factor masking, warm-up, a plain server step.
+
+    The momentum of each tensor stands where the paper has it: at the users for what is sparse, on the server for small tensors that go
+    whole; with `state = "none"` on the server for all. `max_norm` adds a per-layer clip of what is sent, which noise needs.
+    """
+    from fedclip.method import Method
+    from fedclip.transform import chain
+
+    compress = dgc(density, momentum, nesterov, clip_norm, "model", max(1, round(sampler.expected_cohort)), warmup=warmup)
+    compress = dataclasses.replace(compress, small=small, grid=grid, state=state)
+    whole = momentum if small == "dense" and state == "user" else None
+    return Method(
+        sampler=sampler,
+        local=local,
+        client=chain(compress, *([clip_per_layer(max_norm)] if max_norm else [])),
+        release=_release(sampler, mechanism),
+        server=chain(sgd(server_lr, momentum if state == "none" else 0.0, momentum_1d=whole)),
+        double_momentum=double_momentum,
+    )
+
+
 def stages(
     *,
     sampler: Any,
@@ -172,7 +213,7 @@ def stages(
     )
 
 
-RECIPES: Mapping[str, Callable[..., "Method"]] = {f.__name__: f for f in (fedavg, fedopt, pfl4asr, stages)}
+RECIPES: Mapping[str, Callable[..., "Method"]] = {f.__name__: f for f in (fedavg, fedopt, pfl4asr, deep_gradient_compression, stages)}
 """The methods that `strategy.method` may name."""
 
 
@@ -215,12 +256,16 @@ def build_method(experiment: Experiment, users: int) -> "Method":
             RECIPES[experiment.strategy.method], experiment.strategy.model_extra or {}, "strategy", dict.fromkeys(OTHER_SECTIONS)
         ),
     )
+    from fedclip.codec import Codec
     from fedclip.downlink import Downlink
     from fedclip.transform import chain
 
-    codec = build_stage(experiment.codec.name, "codec")
+    codec = build_stage(codec_stage(experiment), "codec")
+    if not isinstance(codec, Codec):
+        raise ConfigError(f"codec.name: '{experiment.codec.name}' makes a {type(codec).__name__}; expected a fedclip.codec.Codec.")
     stages = chain(*(build_stage(s, "downlink.stages") for s in experiment.downlink.stages))
-    return dataclasses.replace(method, codec=codec, downlink=Downlink(stages, experiment.downlink.differences, codec))
+    downlink, half = Downlink(stages, experiment.downlink.differences, codec), experiment.states.precision == "float16"
+    return dataclasses.replace(method, codec=codec, downlink=downlink, half_states=half)
 
 
 def _release(sampler: Any, mechanism: Any) -> "Release":

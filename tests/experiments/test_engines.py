@@ -122,6 +122,7 @@ COMPRESSED = {
         "downlink.stages=[{top_k={density=0.1}}, {fp16={}}]",
         "downlink.differences=true",
         "sampler.cohort=12",
+        "states.precision=float16",
     ),
 }
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fedclip.clipping import ClipByGlobalNorm
-from fedclip.dgc import DGC, PAPER_WARMUP
+from fedclip.dgc import DGC
 from fedclip.layout import Layout
 from fedclip.local import LocalSGD
 from fedclip.method import Method
@@ -18,6 +18,7 @@ from fedclip.optimizers import SGD
 from fedclip.sampling import Poisson
 from fedclip.schedules import Schedule
 from fedclip.simulation import simulate
+from fedclip.stages import PAPER_WARMUP
 from fedclip.transform import UNBOUNDED, Bound, chain
 from fedclip.update import Dense, Half, Sparse, norm, to_dense, values_of
 from tests.strategies_of_data import bits, context, flat, layouts, updates
@@ -252,6 +253,20 @@ def test_whatever_comes_for_many_rounds_all_stays_finite_and_no_input_changes(da
         state = step.state
 
 
+def test_without_a_state_it_sends_the_largest_of_each_update_alone():
+    stage = DGC(0.2, clip_norm=0.5, warmup=(), state="none")
+    assert stage.init(LAYOUT) is None
+    assert not stage.has_momentum(2)
+    for g in gradients(3):
+        step = stage.apply(Dense(g), None, context(LAYOUT))
+        clipped = g * (0.5 / float(g.norm()))
+        assert step.state is None
+        assert torch.allclose(step.update.values, clipped[step.update.indices])
+        weight = clipped[:20].abs()
+        there = step.update.indices[step.update.indices < 20]
+        assert set(there.tolist()) == set(weight.topk(4).indices.tolist())
+
+
 def test_sparse_updates_count_as_dense():
     stage, update = DGC(0.3, clip_norm=0.1), Sparse(torch.tensor([0, 7, 21]), torch.tensor([1.0, 2.0, 3.0]))
     one = stage.apply(update, stage.init(LAYOUT), context(LAYOUT))
@@ -362,6 +377,8 @@ def test_one_local_step_and_full_participation_is_the_paper():
         ({"normalization": "max"}, "mean, sum"),
         ({"small": "int8"}, "dense, sparse"),
         ({"grid": "int4"}, "float32, float16, int8"),
+        ({"state": "worker"}, "user, none"),
+        ({"state": "none", "nesterov": True}, "nesterov = false"),
     ],
 )
 def test_impossible_arguments_are_refused(changes, said):

@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fedclip.sealed import SealedFileError
-from fedclip.user_states import KEPT_VERSIONS, StatesInFolder, StatesInMemory
+from fedclip.user_states import KEPT_VERSIONS, StatesInFolder, StatesInMemory, halved, restored, state_bytes
 
 FRESH = (torch.zeros(3), None)
 
@@ -75,3 +77,37 @@ def test_a_damaged_a_foreign_and_a_swapped_state_are_refused(tmp_path: Path):
     seven.write_bytes(whole[:-5])
     with pytest.raises(SealedFileError, match="damaged"):
         states.load(7, 2, FRESH)
+
+
+@given(st.integers(0, 2**31), st.sampled_from([1e-30, 1e-6, 1.0, 1e30, 3e38]))
+def test_half_of_the_room_keeps_eleven_bits(seed, size):
+    u = torch.randn(50, generator=torch.Generator().manual_seed(seed)).clamp(-1, 1) * size
+    state = (None, (u, torch.zeros(0)), torch.tensor([3]))
+    half = halved(state)
+    back = restored(half, state)
+    assert state_bytes(half) * 2 == state_bytes(state) + 8
+    assert back[0] is None
+    assert torch.equal(back[2], state[2])
+    assert back[1][1].numel() == 0
+    top = float(u.abs().max())
+    assert float((back[1][0] - u).abs().max()) <= top * 2**-11
+    large = u.abs() > top * 2**-20
+    assert torch.all((back[1][0] - u).abs()[large] <= u.abs()[large] * 2**-11)
+    assert restored(halved(back), state)[1][0].tolist() == back[1][0].tolist(), "what was rounded once stays"
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-44])
+def test_what_is_next_to_nothing_is_kept_as_that(size):
+    state = torch.full((3,), size)
+    assert restored(halved(state), state).abs().max() <= size
+
+
+def test_half_states_are_read_back_from_files(tmp_path):
+    state, states = (torch.linspace(-3, 3, 7), torch.zeros(2)), StatesInFolder(tmp_path)
+    states.stage(4, 1, 0, halved(state))
+    states.sync()
+    template = tuple(torch.zeros_like(t) for t in state)
+    back = restored(StatesInFolder(tmp_path).load(4, 2, halved(template)), template)
+    assert torch.allclose(back[0], state[0], rtol=2**-11)
+    with pytest.raises(ValueError, match="another chain's"):
+        StatesInFolder(tmp_path).load(4, 2, template)

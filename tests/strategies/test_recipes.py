@@ -4,6 +4,7 @@ import pytest
 
 from fedclip.clipping import ClipByGlobalNorm, ClipPerLayer
 from fedclip.config import make_experiment
+from fedclip.dgc import DGC
 from fedclip.optimizers import LAMB, SGD, Adam
 from fedclip.options import ConfigError
 from fedclip.release import Gaussian, Release
@@ -11,7 +12,7 @@ from fedclip.sampling import Poisson
 from fedclip.schedules import Schedule
 from fedclip.stages import gaussian, local_sgd, poisson
 from fedclip.transform import chain
-from strategies.recipes import RECIPES, build_method, fedavg, fedopt, pfl4asr, resolve, stages
+from strategies.recipes import RECIPES, build_method, deep_gradient_compression, fedavg, fedopt, pfl4asr, resolve, stages
 
 SAMPLER, LOCAL, NOISE = poisson(100, 20.0), local_sgd(lr=0.1, steps=2), gaussian(0.7)
 ONE = Schedule.of(1.0)
@@ -36,7 +37,7 @@ def test_fedavg_with_clip_and_noise_is_dp_fedavg():
     assert method.weighting == "uniform"
 
 
-@pytest.mark.parametrize("name", ["fedavg", "fedopt"])
+@pytest.mark.parametrize("name", ["fedavg", "fedopt", "deep_gradient_compression"])
 def test_noise_without_a_clip_is_refused(name):
     with pytest.raises(ValueError, match="must clip"):
         RECIPES[name](sampler=SAMPLER, local=LOCAL, mechanism=NOISE)
@@ -61,6 +62,18 @@ def test_pfl4asr_is_clip_per_layer_noise_and_lamb():
     # arXiv 2310.00098: betas 0.9 and 0.999, the ratio bounded nowhere, each tensor a layer.
     assert method.server == chain(LAMB(Schedule.of(4e-3), (0.9, 0.999), 1e-6, 0.0, (0.0, float("inf")), "tensor"))
     assert method.release == Release(Gaussian(0.7), 20.0)
+
+
+def test_dgc_has_its_momentum_where_the_paper_has_it():
+    method = deep_gradient_compression(sampler=SAMPLER, local=LOCAL, clip_norm=2.0, nesterov=True)
+    assert method.client == chain(DGC(0.001, 0.9, True, 2.0, nodes=20))
+    assert method.server == chain(SGD(ONE, 0.0, False, 0.9))
+    sparse = deep_gradient_compression(sampler=SAMPLER, local=LOCAL, small="sparse", grid="int8")
+    assert (sparse.client, sparse.server) == (chain(DGC(nodes=20, small="sparse", grid="int8")), chain(SGD(ONE)))
+    stateless = deep_gradient_compression(sampler=SAMPLER, local=LOCAL, state="none", max_norm=0.5, mechanism=NOISE)
+    assert stateless.client == chain(DGC(nodes=20, state="none"), ClipPerLayer(0.5))
+    assert stateless.server == chain(SGD(ONE, 0.9))
+    assert not stateless.stateful
 
 
 def test_stages_are_built_from_plain_data():
