@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -75,10 +74,19 @@ class Wire:
         self.taken = self.codec.decode(self.payloads["float16"], self.layout)
 
     def _collector(self, stage: Transform, bound: float) -> Collector:
-        shared: dict[str, Any] = {"local": {}, "weighting": "uniform", "max_examples": None, "private": False, "clip_bits": 0}
-        stages = {"client": (describe_stage(stage),), "codec": describe_stage(self.codec)}
-        streams, grid = Streams("bench", "bench", 1), Grid.for_bound(bound, 1)
-        collector = Collector(RoundSpec(streams=streams, grid=grid, params=b"", **shared, **stages), self.layout)
+        spec = RoundSpec(
+            streams=Streams("bench", "bench", 1),
+            local={},
+            client=(describe_stage(stage),),
+            codec=describe_stage(self.codec),
+            weighting="uniform",
+            max_examples=None,
+            private=False,
+            clip_bits=0,
+            grid=Grid.for_bound(bound, 1),
+            params=b"",
+        )
+        collector = Collector(spec, self.layout)
         collector.fold.total.fill_(0)  # which has the memory touched
         return collector
 
@@ -104,14 +112,16 @@ class Wire:
         """Return what is timed, by name."""
         collector = self.collectors["clip_by_global_norm"]
         guarded = collector.guarded(self.taken)[0]
-        return (
-            {"copyto": partial(np.copyto, self.copy, self.vector.numpy()), "select": self.select}
-            | {f"encode {name}": partial(self.encode, name) for name in ROUNDINGS}
-            | {f"decode {name}": partial(self.codec.decode, self.payloads[name], self.layout) for name in ROUNDINGS}
-            | {f"guard {name}": partial(c.guarded, self.taken) for name, c in self.collectors.items()}
-            | {"fold": partial(collector.fold.add, guarded)}
-            | {f"decode, guard and fold {name}": partial(self.take, name) for name in ROUNDINGS}
-        )
+        steps: dict[str, Callable[[], object]] = {
+            "copyto": partial(np.copyto, self.copy, self.vector.numpy()),
+            "select": self.select,
+        }
+        steps |= {f"encode {name}": partial(self.encode, name) for name in ROUNDINGS}
+        steps |= {f"decode {name}": partial(self.codec.decode, self.payloads[name], self.layout) for name in ROUNDINGS}
+        steps |= {f"guard {name}": partial(c.guarded, self.taken) for name, c in self.collectors.items()}
+        steps["fold"] = partial(collector.fold.add, guarded)
+        steps |= {f"decode, guard and fold {name}": partial(self.take, name) for name in ROUNDINGS}
+        return steps
 
 
 def measure(steps: dict[str, Callable[[], object]], repetitions: int = REPETITIONS) -> dict[str, list[float]]:
