@@ -16,6 +16,8 @@ from fedclip.config import Experiment
 from fedclip.options import ConfigError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown")
+bench = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", help="Measure what parts of a run cost, such as `bench wire`.")
+app.add_typer(bench, name="bench")
 
 T = TypeVar("T")
 
@@ -188,6 +190,21 @@ def audit(
     from experiments.audit import audit_command
 
     raise typer.Exit(_guarded(lambda: audit_command(target, set_ or [], data_dir, rounds, trials, json)))
+
+
+@bench.command("wire")
+def bench_wire(
+    size: Annotated[int, typer.Option(help="parameters of the model")] = 10_000_000,
+    density: Annotated[float, typer.Option(help="part of them that is sent")] = 0.001,
+    json: Json = False,
+) -> None:
+    """Time what an upload costs on one core, to make and to take, beside a plain copy of the vector; and count its bytes.
+
+    Example: `fedclip bench wire --density 0.01`
+    """
+    from experiments.bench import wire_command
+
+    raise typer.Exit(_guarded(lambda: wire_command(size, density, json)))
 
 
 def _read(file: Path, overrides: list[str] | None, data_dir: Path | None, **run_options: object) -> Experiment:

@@ -78,20 +78,20 @@ def on_folder(experiment: Experiment, folder: Path, *, all_users: bool = False) 
     """Return the experiment with its data read from a folder.
 
     Speech changes to the corpus whose layout the folder has, where that is another, and then to all the speakers that are there;
-    `all_users` takes all of them in any case.
+    `all_users` takes all of them in any case. Images have no users of their own, so that their population stays.
 
     Raises:
         ConfigError: no such folder, or a layout that is not known.
     """
     if not folder.is_dir():
-        raise ConfigError(f"No such data folder: {folder}; give the folder of the recordings by --data-dir.")
+        raise ConfigError(f"No such data folder: {folder}; give the folder of the recordings or images by --data-dir.")
     values = experiment.plain()
     values["run"]["data_dir"] = str(folder.absolute())
     if values["task"]["name"] == "asr" and values["task"]["corpus"]["kind"] != (
         kind := corpus_kind(folder, values["task"]["corpus"]["kind"])
     ):
         values["task"]["corpus"], all_users = {"kind": kind}, True
-    if all_users:
+    if all_users and values["task"]["name"] != "vision":
         values["population"] = {}
     return resolve(make_experiment(values))
 

@@ -182,8 +182,12 @@ class Collector:
         self.tallies[block] = add_up([self.tallies.get(block, {}), tally])
 
     def _open(self, payload: bytes) -> tuple[Update, bool]:
-        """Decode and guard: finite (and whether it was), of this layout, within the bound of the chain."""
-        update, finite = finite_or_zero(self.wire.decode(payload))
+        """Decode and guard."""
+        return self.guarded(self.wire.decode(payload))
+
+    def guarded(self, update: Update) -> tuple[Update, bool]:
+        """Return an update of this layout finite (and whether it was), and within the bound of the chain."""
+        update, finite = finite_or_zero(update)
         if self.guard is None:
             return update, finite
         ctx = Ctx(self.layout, self.spec.streams.generator("chain"), self.spec.streams.round, self.params)

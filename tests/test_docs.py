@@ -12,6 +12,7 @@ from experiments.cli import app
 from experiments.prepare import prepare
 from fedclip.config import make_experiment
 from strategies.recipes import resolve
+from tests.idx_folder import write_idx_folder
 
 PROJECT = Path(__file__).parents[1]
 PAGES = sorted([PROJECT / "README.md", *(PROJECT / "docs").glob("*.md")])
@@ -32,8 +33,11 @@ def test_python(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", snippets("toml"))
-def test_toml_is_an_experiment(text: str) -> None:
-    assert prepare(resolve(make_experiment(tomllib.loads(text)))).task.users > 0
+def test_toml_is_an_experiment(text: str, tmp_path: Path) -> None:
+    values = tomllib.loads(text)
+    if values["task"].get("data") == "idx":
+        values["run"]["data_dir"] = str(write_idx_folder(tmp_path, train=200))
+    assert prepare(resolve(make_experiment(values))).task.users > 0
 
 
 @pytest.mark.parametrize("text", snippets("sh"))

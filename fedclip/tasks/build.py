@@ -64,7 +64,7 @@ class TaskRecipe:
         options: Any = validate(_Holder, {"task": json.loads(self.options)}).task
         folder = Path(self.data_dir) if self.data_dir else None
         if folder is not None and not folder.is_dir():
-            raise ConfigError(f"No such data folder: {folder}; give the folder of the recordings by --data-dir or run.data_dir.")
+            raise ConfigError(f"No such data folder: {folder}; give the folder of the recordings or images by --data-dir or run.data_dir.")
         if isinstance(options, AsrOptions):
             from fedclip.tasks.asr import build_asr
 
@@ -72,7 +72,7 @@ class TaskRecipe:
         if isinstance(options, VisionOptions):
             from fedclip.tasks.vision import build_vision
 
-            return build_vision(options, population=self.population, seed=self.seed)
+            return build_vision(options, population=self.population, seed=self.seed, data_dir=folder)
         factory = load_door(options.name)
         try:
             task: Task = factory(population=self.population, data_dir=folder, seed=self.seed, **options.arguments)

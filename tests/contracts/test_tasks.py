@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,9 +13,20 @@ from fedclip.layout import Layout
 from fedclip.tasks.vision import build_vision
 from fedclip.tasks.vision_options import VisionOptions
 from tests.fedclip.tasks.test_asr import task as tones_task
+from tests.idx_folder import write_idx_folder
+
+
+def images(**options):
+    """The task on idx files that are gone once they were read."""
+    with tempfile.TemporaryDirectory() as folder:
+        written = write_idx_folder(Path(folder), train=40, test=8, side=4)
+        return build_vision(VisionOptions(name="vision", data="idx", **options), population=6, seed=3, data_dir=written)
+
 
 TASKS = {
     "vision": lambda: build_vision(VisionOptions(name="vision", channels=2), population=12, seed=3),
+    "idx": lambda: images(channels=2, hidden=8),
+    "resnet": lambda: images(model="resnet18"),
     "asr": lambda: tones_task(seed=3),
 }
 
