@@ -313,6 +313,7 @@ def test_the_digest_covers_all_that_is_shared():
         {"grid": dataclasses.replace(grid, exponent=1)},
         {"params": spec.params + b"\x00"},
         {"support": b"1"},
+        {"half_states": True},
     ]
     assert {next(iter(c)) for c in changes} == {f.name for f in dataclasses.fields(spec)}
     assert len({spec.digest, *(dataclasses.replace(spec, **c).digest for c in changes)}) == len(changes) + 1
