@@ -1,20 +1,24 @@
 """What the commands do, once their input is checked. Imports PyTorch."""
 
 import dataclasses
+import shutil
 import signal
 from pathlib import Path
 
 from experiments.central import Central
 from experiments.engines import open_engine
 from experiments.folder import to_json
-from experiments.live import Reporter, describe_result
-from experiments.prepare import on_folder, prepare
+from experiments.live import Reporter, describe_result, size
+from experiments.prepare import Prepared, on_folder, prepare
 from experiments.run import DONE, run_rounds
 from fedclip.client import Site, evaluate_units
 from fedclip.config import Experiment, apply_overrides
+from fedclip.layout import Layout
 from fedclip.model_file import flatten, load_model, model_path
+from fedclip.options import ConfigError
 from fedclip.release import Release
 from fedclip.replica import Replica
+from fedclip.user_states import Forecast
 from strategies.recipes import resolve
 
 
@@ -26,8 +30,31 @@ def run_command(experiment: Experiment, path: Path, quiet: bool, resume: bool = 
         reporter.say(
             f"{experiment.run.name}: {prepared.experiment.population.size:,} users, cohorts of about {prepared.experiment.sampler.cohort:g}"
         )
+        if prepared.method.stateful:
+            reporter.say(check_room(prepared, path))
         with open_engine(prepared, path) as engine:
             return run_rounds(prepared, engine, path, reporter, resume)
+
+
+def check_room(prepared: Prepared, path: Path) -> str:
+    """Return what the states of users will take on the disk of a run folder.
+
+    Raises:
+        ConfigError: that is more than there is.
+    """
+    forecast = Forecast.of(prepared.method, Layout.of(prepared.task.make_model()), prepared.experiment.run.rounds)
+    place = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(place).free
+    said = (
+        f"states of users: {size(forecast.each)} each, of about {forecast.users:,.0f} users who take part "
+        f"{forecast.participations:.3g} times; {size(forecast.total)} in all"
+    )
+    if forecast.total > free:
+        raise ConfigError(
+            f"{said}, and {place} has {size(free)} free; set states.precision = 'float16', take a chain that keeps no state, "
+            "or another folder by --out."
+        )
+    return said
 
 
 def central_command(experiment: Experiment, path: Path, quiet: bool) -> int:

@@ -6,14 +6,19 @@ Whatever a round that did not end has left behind is rolled back. There is no ev
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from fedclip.layout import Layout
 from fedclip.sealed import pack_state, read_sealed, sealed, unpack_state
 from fedclip.storage import Storage
 from fedclip.transform import State
+
+if TYPE_CHECKING:
+    from fedclip.method import Method
 
 KEPT_VERSIONS = 3
 """Newest states kept of each user: as many as the checkpoints that a run may have to go back to, and one more."""
@@ -52,6 +57,33 @@ def state_bytes(state: State) -> int:
     if isinstance(state, tuple):
         return sum(state_bytes(part) for part in state)
     return state.numel() * state.element_size() if isinstance(state, torch.Tensor) else 0
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """How much room the states of users will take.
+
+    Attributes:
+        participations: how often a user takes part over the run, on average.
+        users: how many users take part at least once, as expected.
+        each: bytes of one state.
+        total: bytes of all that is kept, as expected: of each user the newest few states.
+    """
+
+    participations: float
+    users: float
+    each: int
+    total: float
+
+    @classmethod
+    def of(cls, method: "Method", layout: Layout, rounds: int) -> "Forecast":
+        """Return the forecast for a number of rounds of a method."""
+        fresh, sampler = method.client.init(layout), method.sampler
+        each = state_bytes(halved(fresh) if method.half_states else fresh)
+        times = rounds * sampler.rate
+        users = sampler.population * -math.expm1(rounds * math.log1p(-sampler.rate)) if sampler.rate < 1 else float(sampler.population)
+        kept = min(KEPT_VERSIONS, sampler.population * times / users) if users else 0.0
+        return cls(times, users, each, users * kept * each)
 
 
 class UserStates(Protocol):

@@ -7,8 +7,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedclip.dgc import DGC
+from fedclip.local import LocalSGD
+from fedclip.method import Method
+from fedclip.optimizers import SGD
+from fedclip.sampling import Poisson
+from fedclip.schedules import Schedule
 from fedclip.sealed import SealedFileError
-from fedclip.user_states import KEPT_VERSIONS, StatesInFolder, StatesInMemory, halved, restored, state_bytes
+from fedclip.transform import chain
+from fedclip.user_states import KEPT_VERSIONS, Forecast, StatesInFolder, StatesInMemory, halved, restored, state_bytes
+from tests.strategies_of_data import flat
 
 FRESH = (torch.zeros(3), None)
 
@@ -111,3 +119,18 @@ def test_half_states_are_read_back_from_files(tmp_path):
     assert torch.allclose(back[0], state[0], rtol=2**-11)
     with pytest.raises(ValueError, match="another chain's"):
         StatesInFolder(tmp_path).load(4, 2, template)
+
+
+@pytest.mark.parametrize(
+    ("population", "cohort", "rounds", "users", "times"), [(4, 4, 60, 4, 60), (40, 10, 100, 40, 25), (10**6, 10, 520, 5186, 0.0052)]
+)
+@pytest.mark.parametrize("half", [False, True])
+def test_the_forecast_of_a_run(population, cohort, rounds, users, times, half):
+    method = Method(
+        Poisson(population, cohort), LocalSGD(1.0, steps=1), chain(DGC()), chain(SGD(Schedule.of(1.0), momentum_1d=0.9)), half_states=half
+    )
+    forecast = Forecast.of(method, flat(1000, 50), rounds)
+    assert forecast.each == 2 * 1050 * (2 if half else 4)
+    assert forecast.users == pytest.approx(users, rel=1e-3)
+    assert forecast.participations == pytest.approx(times)
+    assert forecast.total == pytest.approx(forecast.users * min(3, population * times / users) * forecast.each, rel=1e-2)
