@@ -134,6 +134,22 @@ def evaluate(
 
 
 @app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="run folders; the first is the one to match", show_default=False)],
+    within: Annotated[float, typer.Option(min=0.0, max=1.0, help="how much worse than the first still matches it")] = 0.01,
+    plot: Annotated[Path | None, typer.Option(help="draw error against bytes: a .png, .svg or .pdf", show_default=False)] = None,
+    json: Json = False,
+) -> None:
+    """Say what runs paid in bytes, both ways, until they were as good as the first of them.
+
+    Example: `fedclip compare runs/dense runs/int8 runs/topk --plot bytes.svg`
+    """
+    from experiments.compare import compare_command
+
+    raise typer.Exit(_guarded(lambda: compare_command(runs, within, plot, json)))
+
+
+@app.command()
 def budget(
     population: Annotated[int | None, typer.Option(min=1, help="users there are", show_default=False)] = None,
     cohort: Annotated[float | None, typer.Option(help="expected users a round", show_default=False)] = None,
