@@ -2,8 +2,10 @@
 
 import re
 import shlex
+import sys
 import tomllib
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from typer.testing import CliRunner
@@ -28,8 +30,10 @@ def snippets(language: str) -> list[object]:
 
 @pytest.mark.usefixtures("ray_session")
 @pytest.mark.parametrize("text", snippets("python"))
-def test_python(text: str) -> None:
-    exec(compile(text, "snippet", "exec"), {"__name__": "__main__"})
+def test_python(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = ModuleType("__main__")  # what a class of the snippet is looked up in, as in a script that is run
+    monkeypatch.setitem(sys.modules, "__main__", script)
+    exec(compile(text, "snippet", "exec"), vars(script))
 
 
 @pytest.mark.parametrize("text", snippets("toml"))
@@ -48,7 +52,8 @@ def test_commands_and_their_options_exist(text: str) -> None:
         if words and words[0] == "make":
             assert words[1] in targets, line
         if words and Path(words[0]).name == "fedclip":
-            known = CliRunner().invoke(app, [words[1], "--help"]).output
+            command = [words[1], *(words[2:3] if words[1] == "bench" else [])]
+            known = CliRunner().invoke(app, [*command, "--help"]).output
             assert all(word in known for word in words[2:] if word.startswith("--")), line
             assert all((PROJECT / word).is_file() for word in words if word.startswith("experiments/")), line
 
