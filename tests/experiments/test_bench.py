@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from experiments.bench import ROUNDINGS, wire_costs
 from experiments.cli import app
 
+LAYERS = "decode, guard by layer and fold float16"
 PAGE = Path(__file__).parents[2] / "docs" / "wire.md"
 
 
@@ -28,7 +29,7 @@ def test_json_has_what_is_documented() -> None:
     said = json.loads(output)
     assert (said["size"], said["density"], said["kept"]) == (20_000, 0.01, 200)
     stages = [f"{step} {name}" for step in ("encode", "select and encode", "decode", "decode, guard and fold") for name in ROUNDINGS]
-    assert set(said["steps"]) == {"copyto", "select", "guard clip_by_global_norm", "guard clip_per_layer", "fold", *stages}
+    assert set(said["steps"]) == {"copyto", "select", "guard clip_by_global_norm", "guard clip_per_layer", "fold", LAYERS, *stages}
     page = PAGE.read_text(encoding="utf-8")
     for name, step in said["steps"].items():
         payload = {"bytes", "times_smaller"} if name in [f"encode {n}" for n in ROUNDINGS] else set()
@@ -72,7 +73,7 @@ def test_help_shows_an_example() -> None:
 @pytest.mark.slow
 def test_an_upload_of_a_thousandth_of_ten_million_costs_a_few_copies() -> None:
     runs = [wire_costs(10**7, 0.001)[1] for _ in range(3)]
-    for name, most in (("select and encode float16", 2.5), ("decode, guard and fold float16", 0.3)):
+    for name, most in (("select and encode float16", 2.5), ("decode, guard and fold float16", 0.3), (LAYERS, 0.3)):
         ratios = [costs[name].seconds / costs["copyto"].seconds for costs in runs]
         print(f"{name}: {', '.join(f'{r:.3f}' for r in ratios)} times a copy, at most {most}")
         assert statistics.median(ratios) <= most
