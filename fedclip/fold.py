@@ -87,7 +87,7 @@ class Fold:
         if isinstance(update, Dense):
             self.total += digits
         else:
-            self.total.index_add_(0, update.indices, digits)
+            self.total.scatter_add_(0, update.indices, digits)
         self.users += 1
 
     def merge(self, total: torch.Tensor, users: int) -> None:

@@ -4,8 +4,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-BLOCK = 1 << 16
-"""Coordinates looked at in one step: the 576 KiB of a block, its magnitudes and its marks stay in a core's second-level cache."""
+BLOCK = 1 << 18
+"""Coordinates looked at in one step: few enough for a core's caches, and so many that the steps themselves cost little."""
+
+SPARE = 1 << 16
+"""Coordinates that may be collected over 4 k."""
 
 SAMPLE = 1 << 15
 """Coordinates, about, that the first threshold is guessed from."""
@@ -23,11 +26,11 @@ Indices = npt.NDArray[np.int64]
 def largest(vector: torch.Tensor, k: int) -> torch.Tensor:
     r"""Return where the k largest magnitudes are; of equal ones, those with the lowest indices.
 
-    On a CPU: a sample of the magnitudes gives a threshold t that is low on purpose. One pass in blocks that fit the cache
+    On a CPU: a sample of the magnitudes gives a threshold t that is low on purpose. One pass in blocks
     collects `{i : |x_i| > t}`, some 1.5 k coordinates, and a partition of these alone finds the k-th. Three things can go
     wrong with a guess, and none costs more than another pass:
 
-    * Far more than k exceed t: whenever 4 k (and a block) are collected, all but the k largest are dropped, and t becomes the
+    * Far more than k exceed t: whenever over 4 k + 65,536 are collected, all but the k largest are dropped, and t becomes the
       k-th of them. That is a lower bound of the true threshold, so that nothing is lost and the memory stays bounded.
     * Fewer than k exceed t, but enough are equal to it (a constant vector, zeros, values of a coarse grid): the first of
       these fill the places that are left.
@@ -97,10 +100,11 @@ def _low_threshold(values: Floats, k: int) -> np.float32:
 
 def _above(values: Floats, k: int, threshold: np.float32) -> Indices:
     """Return the indices of the k largest of the magnitudes over a threshold, or of all of them where they are fewer."""
-    magnitudes, marks = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.bool_)
+    size = min(BLOCK, values.size)
+    magnitudes, marks = np.empty(size, np.float32), np.empty(size, np.bool_)
     indices: list[Indices] = []
     kept: list[Floats] = []
-    held, room = 0, 4 * k + BLOCK
+    held, room = 0, 4 * k + SPARE
     for start in range(0, values.size, BLOCK):
         block = values[start : start + BLOCK]
         size = block.size

@@ -1,5 +1,7 @@
 """`Update`: what one user sends, dense or sparse, and the few operations that clipping, guards, folds and codecs need of it."""
 
+import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -76,9 +78,14 @@ def pieces(update: Update, layout: Layout) -> tuple[torch.Tensor, ...]:
     """Return the stored values of each tensor, in order: views, never copies."""
     if isinstance(update, Dense):
         return layout.split(update.vector)
+    return torch.split(update.values, _stored_counts(update, layout))
+
+
+def _stored_counts(update: Sparse, layout: Layout) -> list[int]:
+    """Return how many values of each tensor are stored."""
     ends = torch.tensor(layout.sizes, dtype=torch.int64).cumsum(0)
     cuts = torch.searchsorted(update.indices.cpu(), ends).tolist()
-    return tuple(update.values[a:b] for a, b in zip([0, *cuts[:-1]], cuts, strict=True))
+    return [b - a for a, b in itertools.pairwise([0, *cuts])]
 
 
 def block_lengths(update: Update, layout: Layout, block: int) -> list[int]:
@@ -99,7 +106,7 @@ def is_finite(update: Update) -> bool:
     """Return whether no stored value is NaN or infinite."""
     values = values_of(update)
     # One pass without a temporary of the vector's size: a NaN or an infinity survives both reductions.
-    return not values.numel() or bool(torch.isfinite(values.amin()) & torch.isfinite(values.amax()))
+    return not values.numel() or (math.isfinite(float(values.amin())) and math.isfinite(float(values.amax())))
 
 
 def finite_or_zero(update: Update) -> tuple[Update, bool]:
@@ -112,6 +119,9 @@ def finite_or_zero(update: Update) -> tuple[Update, bool]:
 def layer_norms(update: Update, layout: Layout) -> list[float]:
     """Return the L2 norm of each layer, summed in float64, so that float32 values up to 3e38 do not overflow."""
     squares = [0.0] * len(layout.layer_names)
+    if isinstance(update, Sparse):
+        # One conversion in the place of one a tensor.
+        update = with_values(update, update.values.double())
     for layer, piece in zip(layout.layer_of, pieces(update, layout), strict=True):
         if piece.numel():
             squares[layer] += float(torch.linalg.vector_norm(piece, dtype=torch.float64)) ** 2
@@ -133,6 +143,11 @@ def scale_layers(update: Update, layout: Layout, factors: Sequence[float]) -> Up
     """Return the update with each layer times its factor; the same object where all factors are 1."""
     if all(f == 1.0 for f in factors):
         return update
+    if isinstance(update, Sparse) and all(_is_float32_factor(f) for f in factors):
+        # A factor a value, in few operations: a tensor keeps few values. The products are those of `_times`.
+        each = torch.tensor([factors[h] for h in layout.layer_of], dtype=torch.float32)
+        of_values = each.repeat_interleave(torch.tensor(_stored_counts(update, layout), dtype=torch.int64))
+        return with_values(update, update.values * of_values.to(update.values.device))
     parts = zip(layout.layer_of, pieces(update, layout), strict=True)
     return with_values(update, torch.cat([_times(p, factors[h]) if factors[h] != 1.0 else p for h, p in parts]))
 
@@ -155,8 +170,12 @@ def to_dense(update: Update, layout: Layout) -> torch.Tensor:
     return vector.index_copy_(0, update.indices, update.values)
 
 
-def _times(values: torch.Tensor, factor: float) -> torch.Tensor:
+def _is_float32_factor(factor: float) -> bool:
     smallest, largest = FLOAT32_FACTORS
-    if factor == 0.0 or smallest <= factor <= largest:
+    return factor == 0.0 or smallest <= factor <= largest
+
+
+def _times(values: torch.Tensor, factor: float) -> torch.Tensor:
+    if _is_float32_factor(factor):
         return values * factor
     return (values.double() * factor).float()

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from experiments.bench import ROUNDINGS, wire_costs
 from experiments.cli import app
 
+LAYERS = "decode, guard by layer and fold float16"
 PAGE = Path(__file__).parents[2] / "docs" / "wire.md"
 
 
@@ -28,7 +29,7 @@ def test_json_has_what_is_documented() -> None:
     said = json.loads(output)
     assert (said["size"], said["density"], said["kept"]) == (20_000, 0.01, 200)
     stages = [f"{step} {name}" for step in ("encode", "select and encode", "decode", "decode, guard and fold") for name in ROUNDINGS]
-    assert set(said["steps"]) == {"copyto", "select", "guard clip_by_global_norm", "guard clip_per_layer", "fold", *stages}
+    assert set(said["steps"]) == {"copyto", "select", "guard clip_by_global_norm", "guard clip_per_layer", "fold", LAYERS, *stages}
     page = PAGE.read_text(encoding="utf-8")
     for name, step in said["steps"].items():
         payload = {"bytes", "times_smaller"} if name in [f"encode {n}" for n in ROUNDINGS] else set()
