@@ -1,6 +1,7 @@
 """`Layout`: how a model's trainable tensors lie in one flat float32 vector, and which of them form a layer."""
 
 import hashlib
+import itertools
 import json
 import math
 from dataclasses import dataclass
@@ -97,9 +98,13 @@ class Layout:
         Args:
             support: coordinates, int64, ascending and distinct, shape (k,).
         """
+        return Layout(self.names, tuple((n,) for n in self.counts(support)), self.layers)
+
+    def counts(self, indices: torch.Tensor) -> list[int]:
+        """Return how many of some coordinates (int64, ascending) each tensor has."""
         ends = torch.tensor(self.sizes, dtype=torch.int64).cumsum(0)
-        counts = torch.searchsorted(support.cpu(), ends).diff(prepend=torch.zeros(1, dtype=torch.int64))
-        return Layout(self.names, tuple((n,) for n in counts.tolist()), self.layers)
+        cuts = torch.searchsorted(indices.cpu(), ends).tolist()
+        return [b - a for a, b in itertools.pairwise([0, *cuts])]
 
     @cached_property
     def digest(self) -> str:

@@ -397,9 +397,7 @@ def _read_values(body: _Reader, kind: int, bits: int, counts: Array) -> tuple[to
 
 def _counts(indices: torch.Tensor | None, layout: Layout) -> Array:
     """Return how many values of each tensor are stored: all, or those at some indices."""
-    if indices is None:
-        return np.array(layout.sizes, dtype=np.int64)
-    return np.diff(np.searchsorted(indices.cpu().numpy(), np.cumsum(layout.sizes, dtype=np.int64)), prepend=0)
+    return np.array(layout.sizes if indices is None else layout.counts(indices), dtype=np.int64)
 
 
 def _lengths(counts: Array, block: int) -> list[int]:

@@ -1,6 +1,5 @@
 """`Update`: what one user sends, dense or sparse, and the few operations that clipping, guards, folds and codecs need of it."""
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -78,14 +77,7 @@ def pieces(update: Update, layout: Layout) -> tuple[torch.Tensor, ...]:
     """Return the stored values of each tensor, in order: views, never copies."""
     if isinstance(update, Dense):
         return layout.split(update.vector)
-    return torch.split(update.values, _stored_counts(update, layout))
-
-
-def _stored_counts(update: Sparse, layout: Layout) -> list[int]:
-    """Return how many values of each tensor are stored."""
-    ends = torch.tensor(layout.sizes, dtype=torch.int64).cumsum(0)
-    cuts = torch.searchsorted(update.indices.cpu(), ends).tolist()
-    return [b - a for a, b in itertools.pairwise([0, *cuts])]
+    return torch.split(update.values, layout.counts(update.indices))
 
 
 def block_lengths(update: Update, layout: Layout, block: int) -> list[int]:
@@ -146,7 +138,7 @@ def scale_layers(update: Update, layout: Layout, factors: Sequence[float]) -> Up
     if isinstance(update, Sparse) and all(_is_float32_factor(f) for f in factors):
         # A factor a value, in few operations: a tensor keeps few values. The products are those of `_times`.
         each = torch.tensor([factors[h] for h in layout.layer_of], dtype=torch.float32)
-        of_values = each.repeat_interleave(torch.tensor(_stored_counts(update, layout), dtype=torch.int64))
+        of_values = each.repeat_interleave(torch.tensor(layout.counts(update.indices), dtype=torch.int64))
         return with_values(update, update.values * of_values.to(update.values.device))
     parts = zip(layout.layer_of, pieces(update, layout), strict=True)
     return with_values(update, torch.cat([_times(p, factors[h]) if factors[h] != 1.0 else p for h, p in parts]))
