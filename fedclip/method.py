@@ -15,7 +15,7 @@ from fedclip.layout import Layout
 from fedclip.local import LocalSGD
 from fedclip.optimizers import Optimizer
 from fedclip.release import Release
-from fedclip.sampling import Poisson, Sampler
+from fedclip.sampling import FixedSize, Poisson, Sampler
 from fedclip.transform import UNBOUNDED, Bound, Chain, State, has_content
 
 PROBE = Layout(("probe",), ((),), ("probe",))
@@ -159,7 +159,9 @@ class Method:
             raise ValueError(
                 f"Under noise nothing after the last clip may enlarge an update, and {stage.name} can without limit; clip after it."
             )
-        if self.stateful and not (isinstance(self.sampler, Poisson) and self.sampler.max_cohort is None):
+        poisson = isinstance(self.sampler, Poisson) and self.sampler.max_cohort is None
+        everyone = isinstance(self.sampler, FixedSize) and self.sampler.rate == 1  # no amplification is claimed
+        if self.stateful and not (poisson or everyone):
             raise ValueError(
                 f"{self.client.name} keeps a state for each user, and under noise that needs each user to come by a coin of its own; "
                 f"{self.sampler.name} sampling ties users to each other: use Poisson sampling without max_cohort."

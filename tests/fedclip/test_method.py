@@ -6,13 +6,17 @@ import re
 import pytest
 import torch
 
+from fedclip import sparsify
 from fedclip.clipping import ClipByGlobalNorm, ClipPerLayer
+from fedclip.dgc import DGC
 from fedclip.local import LocalSGD
 from fedclip.method import Method, ServerState, noise_to_bound, user_weight
 from fedclip.optimizers import LAMB, SGD, Adam
+from fedclip.quantize import Entropy, Fp16, Quantize, Sign
 from fedclip.release import Gaussian, Release
 from fedclip.sampling import FixedSize, Poisson
 from fedclip.schedules import Schedule
+from fedclip.sparsify import CommonMask, RandomK
 from fedclip.transform import Bound, chain, with_error_feedback
 from tests.stages_of_tests import Amplify, Momentum, Round, TopK
 from tests.strategies_of_data import flat
@@ -96,6 +100,37 @@ def test_under_noise_a_chain_with_state_needs_users_that_come_by_themselves():
             method(stateful, release=NOISE, sampler=sampler)
         assert method(stateful, sampler=sampler).stateful
         assert not method((CLIP,), release=NOISE, sampler=sampler).stateful
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        DGC(),
+        DGC(small="sparse", grid="int8"),
+        *(with_error_feedback(s) for s in (sparsify.TopK(0.1), RandomK(0.1), CommonMask(0.1), Quantize(4), Sign(), Entropy(), Fp16())),
+    ],
+    ids=lambda s: s.name,
+)
+def test_shipped_stages_that_remember_are_refused_exactly_there(first):
+    stages = (first, CLIP)
+    for sampler in (FixedSize(20, 5), FixedSize(20, 19), Poisson(20, 5.0, max_cohort=7)):
+        with pytest.raises(ValueError, match="a coin of its own"):
+            method(stages, release=NOISE, sampler=sampler)
+        assert method(stages, sampler=sampler).stateful
+    for sampler in (Poisson(20, 5.0), Poisson(20, 20.0), Poisson(20, 5.0, devices_per_user=2), FixedSize(20, 20)):
+        assert method(stages, release=NOISE, sampler=sampler).stateful
+    with pytest.raises(ValueError, match=r"must clip|enlarge"):
+        method((first,), release=NOISE)
+    with pytest.raises(ValueError, match=r"must clip|enlarge"):
+        method((CLIP, first), release=NOISE)
+
+
+@pytest.mark.parametrize(
+    "stage", [DGC(state="none"), sparsify.TopK(0.1), RandomK(0.1), CommonMask(0.1), Quantize(4), Sign(), Entropy(), Fp16()]
+)
+def test_shipped_stages_that_remember_nothing_go_with_any_sampler(stage):
+    for sampler in (FixedSize(20, 5), Poisson(20, 5.0, max_cohort=7), Poisson(20, 5.0)):
+        assert not method((stage, CLIP), release=NOISE, sampler=sampler).stateful
 
 
 def test_a_server_chain_without_an_optimizer_is_refused():
