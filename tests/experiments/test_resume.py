@@ -123,6 +123,21 @@ def test_a_finished_run_is_extended_and_nothing_is_trained_twice(vision: Path, t
     assert all(torch.equal(before[n], t) for n, t in params_of(twice).items()), "a finished run was trained on"
 
 
+def test_a_mask_that_follows_what_was_released_and_differences_go_on(vision: Path, tmp_path: Path) -> None:
+    once, twice = tmp_path / "once", tmp_path / "twice"
+    chain = "client=[{with_error_feedback={inner={common_mask={density=0.1, fresh=0.5}}}}, {clip_per_layer={max_norm=0.5}}]"
+    sets = ["--set", f"strategy={{{chain}, server=[{{lamb={{lr=0.02}}}}]}}", "--set", "codec.name=packed"]
+    sets += ["--set", "downlink.stages=[{top_k={density=0.2}}]", "--set", "downlink.differences=true", "--set", "states.precision=float16"]
+    assert run(*quick(vision, once, *sets, "--rounds", "6"))[0] == 0
+    assert run(*quick(vision, twice, *sets, "--rounds", "3"))[0] == 0
+    status, output = run("run", "--resume", twice, "--rounds", "6")
+    assert status == 0, output
+    assert same(once, twice)
+    totals = [{k: v for k, v in json.loads((p / "summary.json").read_text()).items() if k.endswith("_total")} for p in (once, twice)]
+    assert totals[0].pop("saving_seconds_total") != totals[1].pop("saving_seconds_total")
+    assert totals[0] == totals[1]
+
+
 def test_a_spent_budget_stays_spent(vision: Path, tmp_path: Path) -> None:
     from fedclip.accounting import guarantee
     from fedclip.sampling import Poisson
