@@ -13,13 +13,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from fedclip.choices import Precision
 from fedclip.client import Collector, Contribution
 from fedclip.clipping import ClipByGlobalNorm, ClipPerLayer
+from fedclip.dgc import ROUNDINGS
 from fedclip.fold import Grid
 from fedclip.layout import Layout
 from fedclip.options import ConfigError
 from fedclip.packed import PackedCodec
-from fedclip.quantize import Fp16, Quantize
 from fedclip.rng import Streams
 from fedclip.selection import largest
 from fedclip.sparsify import check_density, kept_count
@@ -33,7 +34,6 @@ TENSORS = 60
 """The vector is cut into so many equal tensors, about as many as models of ten million parameters have: layers to the guard."""
 
 LARGEST_SIZE = 10**9
-ROUNDINGS: dict[str, Transform | None] = {"float32": None, "float16": Fp16(), "int8": Quantize(8, 256)}
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Wire:
         indices = largest(vector, self.kept)
         return Sparse(indices, vector[indices])
 
-    def encode(self, rounding: str, chosen: Sparse) -> bytes:
+    def encode(self, rounding: Precision, chosen: Sparse) -> bytes:
         """Round what was chosen and return the payload."""
         stage = ROUNDINGS[rounding]
         update: Update = chosen if stage is None else stage.apply(chosen, None, self.ctx).update

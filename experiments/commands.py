@@ -31,16 +31,16 @@ def run_command(experiment: Experiment, path: Path, quiet: bool, resume: bool = 
             f"{experiment.run.name}: {prepared.experiment.population.size:,} users, cohorts of about {prepared.experiment.sampler.cohort:g}"
         )
         if prepared.method.stateful:
-            reporter.say(check_room(prepared, path))
+            reporter.say(check_room(prepared, path, resume))
         with open_engine(prepared, path) as engine:
             return run_rounds(prepared, engine, path, reporter, resume)
 
 
-def check_room(prepared: Prepared, path: Path) -> str:
-    """Return what the states of users will take on the disk of a run folder.
+def check_room(prepared: Prepared, path: Path, resume: bool = False) -> str:
+    """Return what the states of users will take on the disk of a run folder; a run that is gone on with has most of them already.
 
     Raises:
-        ConfigError: that is more than there is.
+        ConfigError: that is more than there is for a new run.
     """
     forecast = Forecast.of(prepared.method, Layout.of(prepared.task.make_model()), prepared.experiment.run.rounds)
     place = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
@@ -49,7 +49,7 @@ def check_room(prepared: Prepared, path: Path) -> str:
         f"states of users: {size(forecast.each)} each, of about {forecast.users:,.0f} users who take part "
         f"{forecast.participations:.3g} times; {size(forecast.total)} in all"
     )
-    if forecast.total > free:
+    if forecast.total > free and not resume:
         raise ConfigError(
             f"{said}, and {place} has {size(free)} free; set states.precision = 'float16', take a chain that keeps no state, "
             "or another folder by --out."

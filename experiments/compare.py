@@ -71,7 +71,7 @@ def course_of(run: Path) -> Course:
         if key in row:
             points.append((row["round"], float(up + down), row[key] if key == "wer" else 1 - row[key]))
             last = row
-    ends = last[f"{key}_low"], last[f"{key}_high"]
+    ends = last.get(f"{key}_low", last[key]), last.get(f"{key}_high", last[key])
     low, high = ends if key == "wer" else (1 - ends[1], 1 - ends[0])
     return Course(run.name, name, tuple(points), low, high, up, down)
 

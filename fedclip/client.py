@@ -126,6 +126,8 @@ class Client:
         ctx = Ctx(self.layout, streams.generator("chain", user), streams.round, self.params, weight, self.wire.support)
         state = self._remembered(user)
         step = self.chain.apply(update, state, ctx)
+        if self.chain.guard is None:
+            self.spec.grid.check(step.update, weight)  # what the sum would refuse must not count as sent
         payload = self.wire.encode(step.update)
         if self.states is not None:
             after = halved(step.state) if self.spec.half_states else step.state
@@ -153,7 +155,6 @@ class Collector:
         self.spec, self.layout = spec, layout
         chain = Chain(tuple(build_stage(s) for s in spec.client))
         self.wire = Wire.of(spec, chain, layout)
-        self.codec: Codec = self.wire.codec
         self.guard: Transform | None = chain.guard
         self.params = torch.empty(0)
         self.fold = Fold(layout.size, spec.grid, device)
@@ -176,7 +177,9 @@ class Collector:
                 if not finite:
                     tally["not_finite"] = 1.0
             except (WireError, ArithmeticError) as fault:
-                tally, error = {"failed_users": 1.0}, f"user {contribution.user}: {type(fault).__name__}: {fault}"
+                sent = float(len(contribution.payload) + len(contribution.clip_bits))
+                tally = {"failed_users": 1.0, "uplink_bytes": sent}
+                error = f"user {contribution.user}: {type(fault).__name__}: {fault}"
         if error is not None:
             self.errors.append(error)
         self.tallies[block] = add_up([self.tallies.get(block, {}), tally])

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from fedclip.codec import Codec, DenseCodec
+from fedclip.codec import Codec
 from fedclip.layout import Layout
-from fedclip.transform import Chain, Ctx, has_content
+from fedclip.transform import PROBE, Chain, Ctx, has_content
 from fedclip.update import Dense, to_dense
 
 
@@ -48,7 +48,6 @@ class Downlink:
     Attributes:
         stages: the lossy stages, without a state; none sends the model as it is.
         differences: send differences.
-        codec: the wire format.
 
     Raises:
         ValueError: a stage with a state, or differences without a stage, which would lose nothing and cost the same.
@@ -56,16 +55,22 @@ class Downlink:
 
     stages: Chain = field(default_factory=Chain)
     differences: bool = False
-    codec: Codec = field(default_factory=DenseCodec)
 
     def __post_init__(self) -> None:
-        if has_content(self.stages.init(Layout(("probe",), ((),), ("probe",)))):
+        if has_content(self.stages.init(PROBE)):
             raise ValueError(f"Expected stages without a state on the way down, got {self.stages.name}; the server keeps what they lose.")
         if self.differences and not self.stages.stages:
             raise ValueError("Expected stages with differences: a whole difference costs as much as the model.")
 
     def send(
-        self, params: torch.Tensor, sent: Sent | None, cohort: Sequence[int], round: int, layout: Layout, rng: np.random.Generator
+        self,
+        params: torch.Tensor,
+        sent: Sent | None,
+        cohort: Sequence[int],
+        round: int,
+        layout: Layout,
+        rng: np.random.Generator,
+        codec: Codec,
     ) -> Download:
         """Return the download of a round.
 
@@ -76,17 +81,18 @@ class Downlink:
             round: round number, from 1.
             layout: how the vector is made up.
             rng: the stream of stochastic rounding.
+            codec: the wire format, the same as for updates.
         """
         ctx = Ctx(layout, rng, round, params)
         if not self.differences:
-            payload = self.codec.encode(self.stages.apply(Dense(params), self.stages.init(layout), ctx).update, layout)
+            payload = codec.encode(self.stages.apply(Dense(params), self.stages.init(layout), ctx).update, layout)
             return Download(payload, len(payload) * len(cohort), None)
         none = torch.zeros(0, dtype=torch.int64)
         known = Sent(params.clone(), none, none, none) if sent is None else sent
         step = self.stages.apply(Dense(params - known.params), self.stages.init(layout), ctx)
-        size = len(self.codec.encode(step.update, layout))
+        size = len(codec.encode(step.update, layout))
         now = known.params + to_dense(step.update, layout)
-        whole = self.codec.encode(Dense(now), layout)
+        whole = codec.encode(Dense(now), layout)
         sizes = torch.cat([known.sizes, torch.tensor([size])])
         total, users, last = self._charge(known, sizes.numpy(), np.asarray(cohort, dtype=np.int64), round, len(whole))
         return Download(whole, total, Sent(now, sizes, torch.from_numpy(users), torch.from_numpy(last)))

@@ -53,6 +53,20 @@ class Grid:
         capacity = 1 << (CAPACITY_BITS if bounded else max(1, users).bit_length())
         return cls(SUM_BITS - (capacity.bit_length() - 1) - math.ceil(math.log2(largest)), largest, capacity)
 
+    def check(self, update: Update, weight: float = 1.0) -> None:
+        """Refuse an update that does not fit when it is multiplied by a weight.
+
+        Raises:
+            FoldOverflow: a coordinate exceeds the limit.
+        """
+        values = values_of(update)
+        top = float(values.abs().amax()) * weight if values.numel() else 0.0
+        if not top <= self.largest:
+            raise FoldOverflow(
+                f"Expected coordinates up to {self.largest:g}, got {top:g}; training diverged: lower the local rate, "
+                "or add a clip to the client chain."
+            )
+
 
 class Fold:
     """A running sum on a grid. Two folds of the same grid merge exactly, in any order.
@@ -74,13 +88,8 @@ class Fold:
         Raises:
             FoldOverflow: a coordinate exceeds the grid's limit, or more users than it has room for; nothing was added.
         """
+        self.grid.check(update, weight)
         values = values_of(update)
-        top = float(values.abs().amax()) * weight if values.numel() else 0.0
-        if not top <= self.grid.largest:
-            raise FoldOverflow(
-                f"Expected coordinates up to {self.grid.largest:g}, got {top:g}; training diverged: lower the local rate, "
-                "or add a clip to the client chain."
-            )
         self._check_room(1)
         # The power of two keeps the product exact (a float32 has 24 bits, and a weight is applied first); the conversion truncates.
         digits = (values.double() * weight if weight != 1.0 else values.double()).mul_(2.0**self.grid.exponent).to(torch.int64)

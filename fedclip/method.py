@@ -16,10 +16,7 @@ from fedclip.local import LocalSGD
 from fedclip.optimizers import Optimizer
 from fedclip.release import Release
 from fedclip.sampling import FixedSize, Poisson, Sampler
-from fedclip.transform import UNBOUNDED, Bound, Chain, State, has_content
-
-PROBE = Layout(("probe",), ((),), ("probe",))
-"""A layout of one number, to ask stages what they are."""
+from fedclip.transform import PROBE, UNBOUNDED, Bound, Chain, State, has_content
 
 AVERAGE_WEIGHT = 0.5
 """How much of a coordinate's average is its newest released value."""

@@ -3,6 +3,7 @@
 import json
 import struct
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,7 +14,7 @@ import zstandard
 
 from fedclip.codec import Codec, WireError
 from fedclip.layout import Layout
-from fedclip.update import Codes, Dense, Grid, Half, Sparse, Update, decoded, values_of
+from fedclip.update import Codes, Dense, Grid, Half, Sparse, Update, decoded, lengths_of_blocks, values_of
 
 Array = npt.NDArray[Any]
 Compressors = tuple[zstandard.ZstdCompressor, ...]
@@ -111,7 +112,7 @@ def _holds(update: Update, layout: Layout) -> bool:
         return grid is not None and _are_halves(values)
     if not (1 <= grid.bits <= 8 and 1 <= grid.block <= LARGEST_BLOCK) or grid.codes.dtype != torch.int8 or grid.codes.shape != values.shape:
         return False
-    lengths = _lengths(_counts(None if isinstance(update, Dense) else update.indices, layout), grid.block)
+    lengths = lengths_of_blocks(_counts(None if isinstance(update, Dense) else update.indices, layout), grid.block)
     if grid.scales.shape != (len(lengths),) or grid.scales.dtype != torch.float32 or not bool(grid.scales.isfinite().all()):
         return False
     symbols = _symbols(grid.codes.cpu().numpy(), grid.bits)
@@ -374,16 +375,16 @@ def _read_positions(body: _Reader, size: int) -> torch.Tensor:
     return torch.from_numpy(indices)
 
 
-def _read_values(body: _Reader, kind: int, bits: int, counts: Array) -> tuple[torch.Tensor, Grid | None]:
+def _read_values(body: _Reader, kind: int, bits: int, counts: Sequence[int]) -> tuple[torch.Tensor, Grid | None]:
     """Return the stored values, so many of each tensor, and their grid."""
-    size = int(counts.sum())
+    size = sum(counts)
     if kind in (FLOATS, HALVES):
         words = body.words(size, 4 if kind == FLOATS else 2)
         return torch.from_numpy(_floats(words)), None if kind == FLOATS else Half()
     block = body.varint()
     if not 1 <= block <= LARGEST_BLOCK:
         raise WireError(f"Expected blocks of 1 to 2^62 values, got {block}; made by another program?")
-    lengths = _lengths(counts, block)
+    lengths = lengths_of_blocks(counts, block)
     scales = torch.from_numpy(_floats(body.words(len(lengths), 4 if kind == CODES else 2)))
     if not bool(scales.isfinite().all()):
         raise WireError("Expected finite scales, got others; made by another program?")
@@ -395,16 +396,6 @@ def _read_values(body: _Reader, kind: int, bits: int, counts: Array) -> tuple[to
     return decoded(codes, scales, lengths), Codes(codes, scales, block, bits)
 
 
-def _counts(indices: torch.Tensor | None, layout: Layout) -> Array:
+def _counts(indices: torch.Tensor | None, layout: Layout) -> Sequence[int]:
     """Return how many values of each tensor are stored: all, or those at some indices."""
-    return np.array(layout.sizes if indices is None else layout.counts(indices), dtype=np.int64)
-
-
-def _lengths(counts: Array, block: int) -> list[int]:
-    """Return what `block_lengths` does, in a few operations on arrays where that one takes one step a tensor."""
-    blocks = -(-counts // block)
-    lengths = np.full(int(blocks.sum()), block, dtype=np.int64)
-    some = counts > 0
-    lengths[np.cumsum(blocks)[some] - 1] = (counts - (blocks - 1) * block)[some]
-    found: list[int] = lengths.tolist()
-    return found
+    return layout.sizes if indices is None else layout.counts(indices)

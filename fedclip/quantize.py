@@ -151,16 +151,6 @@ class Entropy(Rounding):
         return Step(after, None, measured)
 
 
-def int8(block: int = 32) -> Quantize:
-    """Return the rounding to 8 bits, stochastic."""
-    return Quantize(8, block)
-
-
-def int4(block: int = 32) -> Quantize:
-    """Return the rounding to 4 bits, stochastic: errors of 10 to 20 %, so that it wants error feedback around it."""
-    return Quantize(4, block)
-
-
 def rounded(update: Update, values: torch.Tensor, grid: Grid) -> Step:
     """Return the step of a stage that rounded an update's stored values; measures `compression_error`, the relative L2 error."""
     before = norm(update)

@@ -92,7 +92,7 @@ def begin(method: Method, state: ServerState, layout: Layout, secret: str, run: 
     streams = Streams(secret, run, state.round + 1, attempt)
     cohort = method.sampler.draw(streams.generator("cohort"))
     now = method.for_round(state.thresholds, layout)
-    download = method.downlink.send(state.params, state.sent, cohort, streams.round, layout, streams.generator("downlink"))
+    download = method.downlink.send(state.params, state.sent, cohort, streams.round, layout, streams.generator("downlink"), method.codec)
     support = method.client.support(streams.round, layout, state.average) if state.average is not None else None
     told = pack_support(support, layout) if support is not None else b""
     largest_weight = 1.0 if method.private or method.weighting == "uniform" else 2.0**16
@@ -179,10 +179,21 @@ def advance(method: Method, state: ServerState, layout: Layout, plan: Plan, rele
         tally["server.max_norm"] = math.hypot(*thresholds)
         if len(thresholds) > 1:
             tally["server.layer_max_norm"] = list(thresholds)
-        thresholds = method.adaptive.step(thresholds, released.fractions)
+        moved = method.adaptive.step(thresholds, released.fractions)
+        sent = _sent_layers(method, layout, support_of(plan.spec, method.client, layout))
+        thresholds = tuple(new if there else old for old, new, there in zip(thresholds, moved, sent, strict=True))
     average = _average(state.average, released.mean, support_of(plan.spec, method.client, layout)) if method.client.needs_average else None
     after = ServerState(params, step.state, state.round + 1, thresholds=thresholds, sent=plan.sent, average=average)
     return Outcome(after, tally, released.errors, released.attempt)
+
+
+def _sent_layers(method: Method, layout: Layout, support: torch.Tensor | None) -> list[bool]:
+    """Return for each adaptive bound whether anything of what it bounds was sent: else its bits say nothing, and the bound stays."""
+    bound = method.bound(layout)
+    if support is None or bound.per_layer is None:
+        return [True] * len(method.thresholds(layout))
+    sizes, sent = (of.grouped(bound.layers).layer_sizes for of in (layout, layout.restricted(support)))
+    return [n > 0 for n, d in zip(sent, sizes, strict=True) if d]
 
 
 def _average(before: torch.Tensor | None, mean: torch.Tensor, support: torch.Tensor | None) -> torch.Tensor:

@@ -105,7 +105,7 @@ class RandomK(Transform):
 
     def apply(self, update: Update, state: State, ctx: Ctx) -> Step:
         """Return the coordinates of the round, sparse; measures `density` and `compression_error` (before the scaling)."""
-        step = _on_support(update, self.support(ctx.round, ctx.layout), ctx.layout)
+        step = _on_support(update, _support(self, ctx), ctx.layout)
         k = kept_count(self.density, ctx.layout.size)
         return Step(scale(step.update, ctx.layout.size / k), None, step.measurements) if self.scale and k else step
 
@@ -128,7 +128,7 @@ class CommonMask(Transform):
     clients the support then, which counts as bytes on the way down.
 
     Attributes:
-        density: part that is kept, k / d, in (0, 1].
+        density: part that is kept at most, in (0, 1]. With `fresh = 1` it is one over a whole number, 1 / P.
         seed: public; with the round and d it gives the fresh part.
         fresh: part of the k that comes from the partition, in (0, 1].
     """
@@ -172,8 +172,7 @@ class CommonMask(Transform):
 
     def apply(self, update: Update, state: State, ctx: Ctx) -> Step:
         """Return the coordinates of the round, sparse; measures `density` and `compression_error`."""
-        support = self.support(ctx.round, ctx.layout) if ctx.support is None else ctx.support
-        return _on_support(update, support, ctx.layout)
+        return _on_support(update, _support(self, ctx), ctx.layout)
 
     def bound(self, incoming: Bound, layout: Layout) -> Bound:
         """Return the incoming bound: dropping only shrinks."""
@@ -203,6 +202,11 @@ def check_choice(key: str, value: str, allowed: tuple[str, ...]) -> None:
 def _check_seed(seed: int) -> None:
     if seed < 0:
         raise ValueError(f"Expected seed >= 0, got {seed}; the seed is public, any number will do.")
+
+
+def _support(stage: RandomK | CommonMask, ctx: Ctx) -> torch.Tensor:
+    """Return the coordinates of a round: those that were found for all users of it, where they were."""
+    return stage.support(ctx.round, ctx.layout) if ctx.support is None else ctx.support
 
 
 def _on_support(update: Update, support: torch.Tensor, layout: Layout) -> Step:

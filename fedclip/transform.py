@@ -11,7 +11,7 @@ import torch
 
 from fedclip.choices import Grouping
 from fedclip.layout import Layout
-from fedclip.update import Dense, Update, add, subtract
+from fedclip.update import Dense, Update, add, subtract, values_of
 
 State = Any
 """A transform's state: None, a tensor, or a tuple of states. A state is never changed in place."""
@@ -36,6 +36,9 @@ class Bound:
 
 
 UNBOUNDED = Bound(math.inf)
+
+PROBE = Layout(("probe",), ((),), ("probe",))
+"""A layout of one number, to ask stages what they are."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,10 +194,10 @@ class Chain(Transform):
     def unbounded_stage(self) -> Transform | None:
         """Return the first stage after the last clip that bounds nothing, whatever comes in; None where there is none."""
         clips = [i for i, s in enumerate(self.stages) if s.guard is not None]
-        probe, scalar = Bound(1.0), Layout(("probe",), ((),), ("probe",))
+        probe = Bound(1.0)
         after = self.stages[clips[-1] + 1 :] if clips else self.stages
         within = self.stages[clips[-1]].unbounded_stage() if clips else None
-        return within or next((s for s in after if not math.isfinite(s.bound(probe, scalar).total)), None)
+        return within or next((s for s in after if not math.isfinite(s.bound(probe, PROBE).total)), None)
 
     def has_momentum(self, ndim: int) -> bool:
         """Return whether any stage keeps a momentum for tensors of `ndim` dimensions."""
@@ -222,10 +225,20 @@ class ErrorFeedback(Transform):
 
     `x = inner(update + e)`, `e <- update + e - x`. The residual may grow, so that nothing bounds what goes into `inner`:
     the bound of the whole is what `inner` enforces on an unbounded input, and a clip that comes before counts for nothing.
+
+    Raises:
+        ValueError: `inner` can enlarge an update without limit, so that the residual would grow for ever.
     """
 
     stage_name: ClassVar[str] = "with_error_feedback"
     inner: Transform
+
+    def __post_init__(self) -> None:
+        if self.inner.guard is None and not math.isfinite(self.inner.bound(Bound(1.0), PROBE).total):
+            raise ValueError(
+                f"Expected error feedback around a stage that only loses something, got {self.inner.name}, which can enlarge an update: "
+                "the residual would grow from round to round."
+            )
 
     @property
     def name(self) -> str:
@@ -239,7 +252,7 @@ class ErrorFeedback(Transform):
     def apply(self, update: Update, state: State, ctx: Ctx) -> Step:
         """Return what `inner` lets through of the update plus the residual."""
         residual, before = state
-        whole = add(update, Dense(residual), ctx.layout)
+        whole = add(update, Dense(residual.to(values_of(update).device)), ctx.layout)
         step = self.inner.apply(whole, before, ctx)
         left = subtract(whole, step.update, ctx.layout).vector
         return Step(step.update, (left, step.state), step.measurements, step.clip_bits)

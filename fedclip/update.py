@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from fedclip.layout import Layout
@@ -82,11 +83,18 @@ def pieces(update: Update, layout: Layout) -> tuple[torch.Tensor, ...]:
 
 def block_lengths(update: Update, layout: Layout, block: int) -> list[int]:
     """Return how many stored values each block of a `Codes` grid holds: blocks begin anew at every tensor."""
-    lengths = []
-    for piece in pieces(update, layout):
-        full, rest = divmod(piece.numel(), block)
-        lengths += [block] * full + [rest] * bool(rest)
-    return lengths
+    return lengths_of_blocks(layout.sizes if isinstance(update, Dense) else layout.counts(update.indices), block)
+
+
+def lengths_of_blocks(counts: Sequence[int], block: int) -> list[int]:
+    """Return how many stored values each block holds where tensors store so many."""
+    stored = np.array(counts, dtype=np.int64)
+    blocks = -(-stored // block)
+    lengths = np.full(int(blocks.sum()), block, dtype=np.int64)
+    some = stored > 0
+    lengths[np.cumsum(blocks)[some] - 1] = (stored - (blocks - 1) * block)[some]
+    found: list[int] = lengths.tolist()
+    return found
 
 
 def decoded(codes: torch.Tensor, scales: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:

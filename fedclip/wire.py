@@ -42,9 +42,12 @@ class Wire:
         """Return the payload of an update. What lies outside the support is not sent."""
         if self.support is None:
             return self.codec.encode(update, self.layout)
-        if isinstance(update, Sparse) and torch.equal(update.indices.cpu(), self.support):
-            return self.codec.encode(Dense(update.values, update.grid), self.sent)
-        return self.codec.encode(Dense(to_dense(update, self.layout)[self.support]), self.sent)
+        if isinstance(update, Sparse):
+            places = torch.searchsorted(self.support, update.indices.cpu())
+            if torch.equal(self.support[places.clamp(max=self.support.numel() - 1)], update.indices.cpu()):
+                # On its grid still: blocks are counted in stored values of a tensor.
+                return self.codec.encode(Sparse(places, update.values, update.grid), self.sent)
+        return self.codec.encode(Dense(to_dense(update, self.layout).cpu()[self.support]), self.sent)
 
     def decode(self, payload: bytes) -> Update:
         """Return the update of a payload, nowhere but on the support.

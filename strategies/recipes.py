@@ -166,20 +166,24 @@ def deep_gradient_compression(
     """Deep Gradient Compression (arXiv 1712.01887): momentum correction, local clipping, factor masking, warm-up, a plain server step.
 
     The momentum of each tensor stands where the paper has it: at the users for what is sparse, on the server for small tensors that go
-    whole; with `state = "none"` on the server for all. `max_norm` adds a per-layer clip of what is sent, which noise needs.
+    whole; with `state = "none"` on the server for all. `max_norm` adds a per-layer clip of what is sent, which noise needs; rounding
+    comes after it then, and what it takes off is lost.
     """
+    from fedclip.dgc import ROUNDINGS
     from fedclip.method import Method
     from fedclip.transform import chain
 
     compress = dgc(density, momentum, nesterov, clip_norm, "model", max(1, round(sampler.expected_cohort)), warmup=warmup)
-    compress = dataclasses.replace(compress, small=small, grid=grid, state=state)
+    compress = dataclasses.replace(compress, small=small, grid="float32" if max_norm else grid, state=state)
+    rounding = ROUNDINGS[grid]
+    clipped = [] if max_norm is None else [clip_per_layer(max_norm), *([] if rounding is None else [rounding])]
     whole = momentum if small == "dense" and state == "user" else None
     return Method(
         sampler=sampler,
         local=local,
-        client=chain(compress, *([clip_per_layer(max_norm)] if max_norm else [])),
+        client=chain(compress, *clipped),
         release=_release(sampler, mechanism),
-        server=chain(sgd(server_lr, momentum if state == "none" else 0.0, momentum_1d=whole)),
+        server=chain(sgd(server_lr, momentum if state == "none" else 0.0, nesterov and bool(whole), whole)),
         double_momentum=double_momentum,
     )
 
@@ -264,7 +268,7 @@ def build_method(experiment: Experiment, users: int) -> "Method":
     if not isinstance(codec, Codec):
         raise ConfigError(f"codec.name: '{experiment.codec.name}' makes a {type(codec).__name__}; expected a fedclip.codec.Codec.")
     stages = chain(*(build_stage(s, "downlink.stages") for s in experiment.downlink.stages))
-    downlink, half = Downlink(stages, experiment.downlink.differences, codec), experiment.states.precision == "float16"
+    downlink, half = Downlink(stages, experiment.downlink.differences), experiment.states.precision == "float16"
     return dataclasses.replace(method, codec=codec, downlink=downlink, half_states=half)
 
 

@@ -10,14 +10,15 @@ import torch
 from fedclip.client import Collector, Contribution, Partial, Site, pack_bits
 from fedclip.client import train_blocks as train
 from fedclip.layout import Layout
-from fedclip.method import PROBE, Method, ServerState
+from fedclip.method import Method, ServerState
 from fedclip.optimizers import SGD
 from fedclip.round import Outcome, Plan, begin, finish
 from fedclip.schedules import Schedule
 from fedclip.spec import Block, RoundSpec
 from fedclip.tally import Tally
-from fedclip.transform import Chain, ErrorFeedback, Transform
+from fedclip.transform import PROBE, Chain, ErrorFeedback, Transform
 from fedclip.update import Dense
+from fedclip.user_states import UserStates
 from fedclip.wire import Wire
 
 
@@ -30,13 +31,13 @@ class System:
     Attributes:
         begin: draws the cohort and says what clients are to do.
         collector: decodes, guards and folds.
-        train: trains the users of some blocks and returns their sum.
+        train: trains the users of some blocks, with what is kept of them, and returns their sum.
         finish: releases the mean and takes the server step.
     """
 
     begin: Callable[[Method, ServerState, Layout, str, str], Plan] = begin
     collector: Callable[[RoundSpec, Layout], Collector] = Collector
-    train: Callable[[Site, RoundSpec, Iterable[Block]], Partial] = train
+    train: Callable[[Site, RoundSpec, Iterable[Block], UserStates], Partial] = train
     finish: Callable[[Method, ServerState, Layout, Plan, Iterable[Partial]], Outcome] = finish
 
 
@@ -70,7 +71,13 @@ class Bench:
     def state(self, round: int, attempt: int = 0) -> ServerState:
         """Return the state before an attempt at a round."""
         initial = ServerState.initial(torch.zeros(self.layout.size), self.method, self.layout)
-        return dataclasses.replace(initial, round=round - 1, attempt=attempt)
+        return dataclasses.replace(initial, round=round - 1, attempt=attempt, average=self._average(round))
+
+    def _average(self, round: int) -> torch.Tensor | None:
+        """Return what was released before, as far as a common mask is concerned: numbers of no user, others in each round."""
+        if not self.method.client.needs_average:
+            return None
+        return torch.randn(self.layout.size, generator=torch.Generator().manual_seed(round))
 
     def plan(self, round: int, attempt: int = 0) -> Plan:
         """Return what an attempt at a round is to do."""
@@ -106,7 +113,7 @@ class Bench:
 
     def support(self, round: int) -> np.ndarray | None:
         """Return the coordinates that users may send in a round, bool, shape (d,); None: all of them."""
-        indices = self.method.client.support(round, self.layout)
+        indices = self.method.client.support(round, self.layout, self._average(round))
         if indices is None:
             return None
         there = np.zeros(self.layout.size, dtype=bool)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,6 +28,8 @@ class Claim:
         deviations: standard deviation on the sum for each layer.
         clip_bits: how many clip bits each user says, H.
         bits_deviation: standard deviation on the sum of the bits, each centred (1/2 or -1/2); 0 without bits.
+        mechanism: what it is a claim of.
+        update_multiplier: z of the update alone.
     """
 
     noise_multiplier: float
@@ -37,6 +39,13 @@ class Claim:
     deviations: tuple[float, ...]
     clip_bits: int
     bits_deviation: float
+    mechanism: Gaussian
+    update_multiplier: float
+
+    def on(self, support: np.ndarray) -> "Claim":
+        """Return the claim where only some coordinates are sent, bool, shape (d,): layers that have none of them get no part of z."""
+        sizes = np.bincount(self.layers[support], minlength=len(self.names)).tolist()
+        return dataclasses.replace(self, deviations=_deviations(self.mechanism, self.update_multiplier, self.bound, sizes))
 
     @property
     def by_coordinate(self) -> np.ndarray:
@@ -76,8 +85,9 @@ def claim_of(method: Method, layout: Layout) -> Claim:
     z = mechanism.noise_multiplier
     if thresholds:  # what the bits spend of z is left over for the update
         z = 1 / math.sqrt(z**-2 - len(thresholds) / (2 * bits_deviation) ** 2)
-    deviations = _deviations(mechanism, z, bound, grouped)
-    return Claim(mechanism.noise_multiplier, bound, layers, grouped.layer_names, deviations, len(thresholds), bits_deviation)
+    deviations = _deviations(mechanism, z, bound, grouped.layer_sizes)
+    names, joint = grouped.layer_names, mechanism.noise_multiplier
+    return Claim(joint, bound, layers, names, deviations, len(thresholds), bits_deviation, mechanism, z)
 
 
 def mechanism_of(method: Method) -> Gaussian:
@@ -97,9 +107,8 @@ def with_noise(method: Method, noise_multiplier: float) -> Method:
     return dataclasses.replace(method, release=dataclasses.replace(method.release, mechanism=changed))
 
 
-def _deviations(mechanism: Gaussian, z: float, bound: Bound, grouped: Layout) -> tuple[float, ...]:
+def _deviations(mechanism: Gaussian, z: float, bound: Bound, sizes: Sequence[int]) -> tuple[float, ...]:
     """Return `sigma_h` such that `sum (C_h / sigma_h)^2 = z^-2`; the same for all layers where only the total is bounded."""
-    sizes = grouped.layer_sizes
     if mechanism.split == "isotropic" or bound.per_layer is None:
         return tuple(z * bound.total for _ in sizes)
     there = [c for c, d in zip(bound.per_layer, sizes, strict=True) if d]

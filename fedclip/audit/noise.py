@@ -33,14 +33,16 @@ def audit_noise(
     rounds = max(8, -(-samples // max(1, bench.layout.size if first is None else int(first.sum()))))
     keys = [(r, 0) for r in range(1, 5)] + attempts + [(r, 0) for r in range(5, rounds + 1)]
     released, wanted = [], np.ones((len(keys), bench.layout.size), dtype=bool)
+    claimed = np.tile(claim.by_coordinate, (len(keys), 1))
     for row, (round, attempt) in enumerate(keys):
         plan = bench.plan(round, attempt)
         crowd = [bench.nobody(plan, 2 * int(bench.denominator) + 1)] if row % 2 else []
         released.append(bench.released(plan, crowd))
         there = None if support is None else support(round)
-        wanted[row] = True if there is None else there
+        if there is not None:
+            wanted[row], claimed[row] = there, claim.on(there).by_coordinate
     outside = float(np.max(np.abs(np.stack(released)[~wanted]), initial=0.0))
-    x = np.where(wanted, np.stack(released) / claim.by_coordinate, 0.0)
+    x = np.where(wanted, np.stack(released) / claimed, 0.0)
     share = level / 6
     return (
         *_size(x, wanted, claim, 2 * share),

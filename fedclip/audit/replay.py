@@ -23,6 +23,7 @@ from fedclip.round import Plan
 from fedclip.simulation import initial_params
 from fedclip.tasks.base import Task
 from fedclip.transform import Bound
+from fedclip.user_states import StatesInMemory
 
 CLOSE = 1e-9
 """What the rounding of float64 may add to a norm, relatively."""
@@ -100,8 +101,8 @@ def audit_replay(
 ) -> tuple[Finding, ...]:
     """Return how much a user's removal moves the sums of a real task's rounds.
 
-    Each world has a worker of its own, which keeps whatever the code keeps from round to round. The cohorts are a few users of the
-    first cohort, two out of three of them a round, so that each comes back.
+    Each world has a worker and states of its own, which keep whatever the code keeps from round to round. The cohorts are a few users of
+    the first cohort, two out of three of them a round, so that each comes back.
 
     Args:
         method: the method.
@@ -115,8 +116,8 @@ def audit_replay(
     """
     system = system or System()
     removed = min(removed, users)
-    worlds = [Site(task, Replica(task.make_model())) for _ in range(removed + 1)]
-    layout = worlds[0].replica.layout
+    worlds = [(Site(task, Replica(task.make_model())), StatesInMemory()) for _ in range(removed + 1)]
+    layout = worlds[0][0].replica.layout
     state, moved = ServerState.initial(initial_params(task), method, layout), Moved()
     crowd = users_of(system.begin(method, state, layout, secret, "audit"))
     crowd = [*crowd, *(u for u in range(min(task.users, users)) if u not in set(crowd))][:users]
@@ -124,9 +125,10 @@ def audit_replay(
         plan = system.begin(method, state, layout, secret, "audit")
         cohort = [u for n, u in enumerate(crowd) if (n + round) % 3 < 2 or len(crowd) < 3]
         bound = method.for_round(state.thresholds, layout).bound(layout)
-        whole = system.train(worlds[0], plan.spec, _one_block(cohort))
-        for out, site in zip(crowd, worlds[1:], strict=False):
-            without = system.train(site, plan.spec, _one_block([u for u in cohort if u != out]))
+        site, states = worlds[0]
+        whole = system.train(site, plan.spec, _one_block(cohort), states)
+        for out, (site, states) in zip(crowd, worlds[1:], strict=False):
+            without = system.train(site, plan.spec, _one_block([u for u in cohort if u != out]), states)
             moved.take(whole, without, bound, layout, plan.spec.grid.exponent, out in cohort)
         state = system.finish(method, state, layout, Plan(plan.spec, tuple(_one_block(cohort))), [whole]).state
     return moved.findings(name, f"{min(removed, len(crowd))} of {len(crowd)} users taken out, {rounds} rounds")

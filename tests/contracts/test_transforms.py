@@ -62,11 +62,12 @@ LOSSY = [
     DGC(0.3, nesterov=True, clip_norm=1.0, clip_by="tensor", small="sparse", grid="int8"),
     DGC(0.3, momentum=0.0, clip_norm=1.0, nodes=4, normalization="sum", mask=False, warmup=(), grid="float16"),
 ]
-EVERY = [*BOUNDED, *OPTIMIZERS, *LOSSY, *(with_error_feedback(s) for s in LOSSY), chain(), chain(ClipByGlobalNorm(1.0), Adam(RATE))]
+SHRINKING = [s for s in LOSSY if math.isfinite(s.bound(Bound(1.0), flat(3)).total)]
+EVERY = [*BOUNDED, *OPTIMIZERS, *LOSSY, *(with_error_feedback(s) for s in SHRINKING), chain(), chain(ClipByGlobalNorm(1.0), Adam(RATE))]
 GUARDED = [
-    *(chain(ClipPerLayer(0.5), s) for s in LOSSY if math.isfinite(s.bound(Bound(1.0), flat(3)).total)),
+    *(chain(ClipPerLayer(0.5), s) for s in SHRINKING),
     *(chain(s, ClipPerLayer(0.5)) for s in LOSSY),
-    *(chain(with_error_feedback(s), ClipByGlobalNorm(0.5)) for s in LOSSY),
+    *(chain(with_error_feedback(s), ClipByGlobalNorm(0.5)) for s in SHRINKING),
 ]
 """Every stage that loses something, with a clip: before it where it only shrinks or rounds, else after it."""
 

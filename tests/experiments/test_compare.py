@@ -62,6 +62,16 @@ def test_accuracy_is_compared_by_its_errors_and_drawn(tmp_path: Path) -> None:
     assert (found[1]["error_low"], found[1]["error_high"]) == (pytest.approx(0.03), pytest.approx(0.06))
 
 
+def test_a_task_of_one_s_own_may_have_no_interval(tmp_path: Path) -> None:
+    path = folder(tmp_path / "own", {1: 0.5, 2: 0.8}, 1, 1, "accuracy")
+    rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        row.pop("accuracy_low", None), row.pop("accuracy_high", None)
+    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = json.loads(run(path, "--json")[1])["runs"][0]
+    assert found["error"] == found["error_low"] == found["error_high"] == pytest.approx(0.2)
+
+
 def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
     good = folder(tmp_path / "good", {1: 0.5}, 1, 1)
     for other, said in (

@@ -68,3 +68,10 @@ def test_states_that_do_not_fit_are_refused_before_anything_is_made(vision: Path
     assert status == 2
     assert "1.0 kB free; set states.precision = 'float16'" in output
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_is_gone_on_with_has_its_states_already(vision: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(vision, tmp_path / "run")[0] == 0
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    result = runner.invoke(app, ["run", "--resume", str(tmp_path / "run"), "--rounds", "5"])
+    assert result.exit_code == 0, result.output

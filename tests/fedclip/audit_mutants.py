@@ -29,7 +29,7 @@ LAYOUT = Layout(
 LAYERS = Layout(("a", "bias", "none", "c", "scalar"), ((3, 4), (2,), (0,), (5,), ()), ("a", "bias", "none", "c", "scalar"))
 
 
-def method(clip=None, mechanism=None, sampler=None, adaptive=None, release=Release):
+def method(clip=None, mechanism=None, sampler=None, adaptive=None, release=Release, **more):
     """A method under noise: per-layer clip at 0.5, z = 1, S = 20 of 100."""
     sampler = sampler or Poisson(100, 20.0)
     return Method(
@@ -39,6 +39,7 @@ def method(clip=None, mechanism=None, sampler=None, adaptive=None, release=Relea
         chain(SGD(Schedule.of(0.1))),
         release(mechanism or Gaussian(1.0), sampler.expected_cohort),
         adaptive=adaptive,
+        **more,
     )
 
 
@@ -197,7 +198,7 @@ class OneInTenThousand(Collector):
         type(self).taken += 1
         if type(self).taken % 10_000:
             return super()._open(payload)
-        return Dense(torch.nan_to_num(self.codec.decode(payload, self.layout).vector, 0.0, 0.0, 0.0)), True
+        return Dense(torch.nan_to_num(self.wire.decode(payload).vector, 0.0, 0.0, 0.0)), True
 
 
 class NoGuard(Collector):
@@ -212,7 +213,7 @@ class NotFinite(Collector):
     """Guards by `not norm > bound`, folds by `not top > largest`, and has not made an update with a NaN zero first."""
 
     def take(self, block, contribution):
-        vector = self.codec.decode(contribution.payload, self.layout).vector if contribution.payload is not None else torch.zeros(1)
+        vector = self.wire.decode(contribution.payload).vector if contribution.payload is not None else torch.zeros(1)
         if torch.isfinite(vector).all():
             super().take(block, contribution)
             return
@@ -230,7 +231,7 @@ class StatedWeights(Collector):
         self.spec = spec
 
 
-def train_keyed_by_worker(site, spec, blocks):
+def train_keyed_by_worker(site, spec, blocks, states=None):
     """What one user's clip cut off is added to the next user of the same worker."""
     client, collector = Client(site, spec), Collector(spec, site.replica.layout)
     layout = site.replica.layout

@@ -86,19 +86,47 @@ def by_hand(q, z, rounds, delta=DELTA):
 
 
 def by_prv(q, z, rounds, near):
-    """Return prv-accountant's estimate, on a grid fine enough that its own bounds are within 5% of it; None where it gives up."""
+    """Return prv-accountant's estimate, on a grid fine enough that its own bounds are within 3% of it; None where it gives up.
+
+    It gives up where it fails its own check of the mean, on that grid or on one twice as coarse: what the other then says can be
+    2% too large (q = 0.1207, z = 0.8143, T = 193, where the sampling below says who is right).
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it divides by zero where a density is zero
-            accountant = PRVAccountant(
-                [PoissonSubsampledGaussianMechanism(q, z)],
-                eps_error=max(0.02 * near, 0.005),
-                delta_error=DELTA / 1000,
-                max_self_compositions=[rounds],
-            )
-            return accountant.compute_epsilon(DELTA, [rounds])[1]
+            found = []
+            for error in (0.02, 0.01):
+                accountant = PRVAccountant(
+                    [PoissonSubsampledGaussianMechanism(q, z)],
+                    eps_error=max(error * near, error / 4),
+                    delta_error=DELTA / 1000,
+                    max_self_compositions=[rounds],
+                )
+                found.append(accountant.compute_epsilon(DELTA, [rounds])[1])
+            return found[-1]
     except (RuntimeError, ValueError, OverflowError):  # its own check of the mean, or its recommendation of another delta
         return None
+
+
+def by_sampling(q, z, rounds, epsilon, samples=100_000):
+    """Return an estimate of delta at an epsilon, where a user is taken away, and its standard error: importance sampling of the loss.
+
+    Outcomes of a round are drawn with a density tilted by `exp(t loss)`, so that their sum is about epsilon; the weights take it back.
+    """
+    x = np.linspace(-14 * z, 1 + 14 * z, 400_001)
+    loss = np.logaddexp(math.log1p(-q), math.log(q) + (2 * x - 1) / (2 * z**2))
+    log_p = loss - (x / z) ** 2 / 2 - math.log(z * math.sqrt(2 * math.pi)) + math.log(x[1] - x[0])
+
+    def log_moment(t):
+        return np.logaddexp.reduce(log_p + t * loss)
+
+    t = brentq(lambda t: rounds * (log_moment(t + 1e-4) - log_moment(t - 1e-4)) / 2e-4 - epsilon, 0, 60)
+    tilted = np.exp(log_p + t * loss - log_moment(t)).cumsum()
+    rng, total = np.random.default_rng(0), np.zeros(samples)
+    for _ in range(rounds):
+        total += loss[np.searchsorted(tilted, rng.random(samples)).clip(max=x.size - 1)]
+    weights = np.exp(rounds * log_moment(t) - t * total) * -np.expm1(np.minimum(0, epsilon - total))
+    return weights.mean(), weights.std() / math.sqrt(samples)
 
 
 def ours(q, z, rounds):
@@ -148,6 +176,16 @@ def test_the_composition_by_hand_is_exact_where_it_is_known(taken_away):
     assert composed(1 - 1e-12, z, rounds, DELTA, taken_away) == pytest.approx(
         guarantee(Poisson(10, 10), z, rounds, DELTA).epsilon, rel=1e-4
     )
+
+
+@pytest.mark.parametrize(("q", "z", "rounds"), [(0.12067753366980134, 0.8143413384939457, 193), (0.05, 0.9, 40)])
+def test_sampling_confirms_the_delta_of_an_epsilon(q, z, rounds):
+    """An oracle of another kind: at the first point prv-accountant says 26.2 where the others say 25.65."""
+    epsilon = ours(q, z, rounds)
+    delta, error = by_sampling(q, z, rounds, epsilon)
+    assert error < 0.02 * DELTA
+    assert abs(delta - DELTA) < 4 * error
+    assert epsilon == pytest.approx(by_hand(q, z, rounds), rel=2e-3)
 
 
 def test_three_accountants_agree():

@@ -25,6 +25,8 @@ from fedclip.audit.one_shot import audit_one_shot
 from fedclip.audit.suite import Effort, audit, cut, gaussian_epsilon, narrow
 from fedclip.clipping import ClipByGlobalNorm, ClipPerLayer
 from fedclip.layout import Layout
+from fedclip.packed import PackedCodec
+from fedclip.quantize import Quantize
 from fedclip.release import Gaussian, Release
 from fedclip.sampling import FixedSize, Poisson
 from fedclip.sparsify import CommonMask, RandomK, TopK
@@ -72,6 +74,7 @@ RIGHT_NOISE = {
     "adaptive": mutants.method(adaptive=AdaptiveClip(), sampler=Poisson(1000, 30.0)),
     "fixed size": mutants.method(sampler=FixedSize(100, 20)),
     "a common mask": mutants.method(chain(CommonMask(0.1), ClipPerLayer(0.5))),
+    "a mask that follows what was released": mutants.method(chain(CommonMask(0.2, fresh=0.5), ClipByGlobalNorm(0.5))),
     "a random support, noise by bounds": mutants.method(chain(RandomK(0.3), ClipPerLayer(0.5)), Gaussian(1.0, "bounds")),
     "the smallest bound": mutants.method(ClipByGlobalNorm(1e-30)),
     "the largest bound": mutants.method(ClipByGlobalNorm(1e30)),
@@ -394,7 +397,7 @@ LIGHTER = dataclasses.replace(LIGHT, cohorts=300, canaries=300)
 METHODS = {
     "plain": mutants.method(),
     "adaptive": mutants.method(adaptive=AdaptiveClip(), sampler=Poisson(500, 60.0)),
-    "masked": mutants.method(chain(CommonMask(0.2), ClipPerLayer(0.5))),
+    "masked": mutants.method(chain(CommonMask(0.2, fresh=0.5), ClipPerLayer(0.5), Quantize(8, 32)), codec=PackedCodec()),
 }
 
 

@@ -14,9 +14,14 @@ from fedclip.downlink import Downlink
 from fedclip.local import LocalSGD
 from fedclip.method import Method, ServerState
 from fedclip.optimizers import SGD
+from fedclip.packed import PackedCodec
+from fedclip.quantize import Quantize
 from fedclip.round import begin
 from fedclip.sampling import Poisson
 from fedclip.schedules import Schedule
+from fedclip.simulation import InProcess
+from fedclip.tasks.vision import build_vision
+from fedclip.tasks.vision_options import VisionOptions
 from fedclip.transform import chain, with_error_feedback
 from fedclip.update import Sparse
 from tests.stages_of_tests import Round, TopK
@@ -43,23 +48,23 @@ def params(seed=0):
 
 
 def test_without_stages_the_model_goes_down_as_it_is():
-    download = Downlink().send(params(), None, (1, 5, 7), 1, LAYOUT, rng())
+    download = Downlink().send(params(), None, (1, 5, 7), 1, LAYOUT, rng(), CODEC)
     assert torch.equal(CODEC.decode(download.payload, LAYOUT).vector, params())
     assert (download.total_bytes, download.sent) == (3 * WHOLE, None)
 
 
 def test_lossy_stages_apply_to_the_whole_model():
-    download = Downlink(chain(Round(0.5))).send(params(), None, (1,), 1, LAYOUT, rng())
+    download = Downlink(chain(Round(0.5))).send(params(), None, (1,), 1, LAYOUT, rng(), CODEC)
     assert torch.equal(CODEC.decode(download.payload, LAYOUT).vector, (params() * 2).round() / 2)
 
 
 def test_differences_bring_the_model_closer_and_lose_nothing_for_good():
-    downlink, sent = Downlink(chain(TopK(3)), differences=True, codec=Pairs()), None
-    first = downlink.send(params(0), sent, (0,), 1, LAYOUT, rng())
+    downlink, sent = Downlink(chain(TopK(3)), differences=True), None
+    first = downlink.send(params(0), sent, (0,), 1, LAYOUT, rng(), Pairs())
     assert torch.equal(first.sent.params, params(0)), "who comes first gets the whole"
     sent, target, far = first.sent, params(1), []
     for round in range(2, 7):
-        download = downlink.send(target, sent, (0,), round, LAYOUT, rng())
+        download = downlink.send(target, sent, (0,), round, LAYOUT, rng(), Pairs())
         sent = download.sent
         assert torch.equal(CODEC.decode(download.payload, LAYOUT).vector, sent.params), "what clients train from is what is kept"
         far.append(float((target - sent.params).norm()))
@@ -69,9 +74,9 @@ def test_differences_bring_the_model_closer_and_lose_nothing_for_good():
 
 @given(st.lists(st.sets(st.integers(0, 8)), min_size=1, max_size=12), st.integers(1, 10))
 def test_a_client_pays_for_what_it_missed_or_for_the_whole(cohorts, k):
-    downlink, sent, last, sizes = Downlink(chain(TopK(k)), differences=True, codec=Pairs()), None, {}, []
+    downlink, sent, last, sizes = Downlink(chain(TopK(k)), differences=True), None, {}, []
     for round, cohort in enumerate(cohorts, 1):
-        download = downlink.send(params(round), sent, sorted(cohort), round, LAYOUT, rng())
+        download = downlink.send(params(round), sent, sorted(cohort), round, LAYOUT, rng(), Pairs())
         sizes.append(8 * k)
         expected = sum(min(sum(sizes[last[u] : round]), WHOLE) if u in last else WHOLE for u in cohort)
         assert download.total_bytes == expected
@@ -80,8 +85,9 @@ def test_a_client_pays_for_what_it_missed_or_for_the_whole(cohorts, k):
     assert dict(zip(sent.users.tolist(), sent.last.tolist(), strict=True)) == last
 
 
-def method(downlink):
-    return Method(Poisson(20, 8.0), LocalSGD(0.1, steps=1), chain(ClipByGlobalNorm(1.0)), chain(SGD(Schedule.of(1.0))), downlink=downlink)
+def method(downlink, codec=CODEC):
+    stages = chain(ClipByGlobalNorm(1.0)), chain(SGD(Schedule.of(1.0)))
+    return Method(Poisson(20, 8.0), LocalSGD(0.1, steps=1), *stages, codec=codec, downlink=downlink)
 
 
 def test_a_round_sends_one_reconstruction_to_all_and_counts_its_cohort():
@@ -92,8 +98,18 @@ def test_a_round_sends_one_reconstruction_to_all_and_counts_its_cohort():
     assert plan.downlink_bytes == len(cohort) * WHOLE > 0
 
 
+def test_the_model_goes_down_in_the_format_of_the_updates():
+    task = build_vision(VisionOptions(name="vision"), population=20, seed=1)
+    packed = method(Downlink(chain(Quantize(8, 256))), PackedCodec())
+    engine = InProcess(packed, task, "s", "r")
+    tally = engine.round().tally
+    assert tally["users"] > 0
+    assert "failed_users" not in tally or not tally["failed_users"]
+    assert 0 < tally["downlink_bytes"] / tally["users"] < 1.2 * engine.layout.size
+
+
 def test_what_is_kept_goes_on_from_round_to_round():
-    lossy = method(Downlink(chain(TopK(2)), differences=True, codec=Pairs()))
+    lossy = method(Downlink(chain(TopK(2)), differences=True), Pairs())
     state = ServerState.initial(params(), lossy, LAYOUT)
     plan = begin(lossy, state, LAYOUT, "s", "r")
     assert plan.sent.sizes.tolist() == [16]

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedclip.clipping import ClipByGlobalNorm, ClipPerLayer
-from fedclip.quantize import Entropy, Fp16, Quantize, Sign, int4, int8
+from fedclip.quantize import Entropy, Fp16, Quantize, Sign
 from fedclip.sparsify import TopK
 from fedclip.transform import UNBOUNDED, Bound, chain, with_error_feedback
 from fedclip.update import Codes, Dense, Half, Sparse, block_lengths, decoded, norm, pieces, subtract, to_dense, values_of
@@ -127,9 +127,9 @@ def test_coins_come_from_the_users_stream():
     [
         # Uniform errors: a step is max / 127 = about 2.1 / 127 in a block of 32 normal numbers; nearest s / sqrt 12, stochastic s / sqrt 6.
         (Quantize(8, 32, stochastic=False), 0.004, 0.006),
-        (int8(), 0.0055, 0.008),
-        (int8(256), 0.007, 0.012),  # 0.6-1.2 % is usual
-        (int4(), 0.10, 0.15),
+        (Quantize(), 0.0055, 0.008),
+        (Quantize(8, 256), 0.007, 0.012),  # 0.6-1.2 % is usual
+        (Quantize(4), 0.10, 0.15),
         (Fp16(), 1e-4, 3e-4),
         # Of normal numbers: 1 - 2/pi of the energy is lost.
         (Sign(), math.sqrt(1 - 2 / math.pi) - 0.01, math.sqrt(1 - 2 / math.pi) + 0.01),
@@ -241,7 +241,7 @@ def test_a_clip_may_come_after_and_takes_the_update_off_its_grid():
     assert norm(out) <= 0.1
 
 
-@pytest.mark.parametrize("stage", [Quantize(3, stochastic=False), Sign(), Entropy(), chain(TopK(0.3), int4()), Fp16()])
+@pytest.mark.parametrize("stage", [Quantize(3, stochastic=False), Sign(), Entropy(), chain(TopK(0.3), Quantize(4)), Fp16()])
 def test_error_feedback_keeps_what_rounding_lost(stage):
     layout = flat(30, 1)
     loop = with_error_feedback(stage)

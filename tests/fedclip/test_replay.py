@@ -236,6 +236,14 @@ def test_a_ratio_is_the_worst_of_the_whole_and_of_each_layer():
     assert ratio_to_bound(vector * np.nan, Bound(13.0), layout) == np.inf
 
 
+def test_a_chain_that_remembers_is_replayed_with_a_task_and_with_hostile_users():
+    task = build_vision(VisionOptions(name="vision"), population=20, seed=1)
+    method = mutants.method(chain(DGC(0.3, warmup=()), ClipPerLayer(0.5)))
+    assert method.stateful
+    assert failed(audit_replay(method, task, rounds=4)) == set()
+    assert failed(audit_hostile(method, LAYERS, rounds=10)) == set()
+
+
 def test_fixed_cohorts_are_replayed_too():
     method = dataclasses.replace(recipe("fedavg"), sampler=FixedSize(100, 20))
     assert failed(audit_hostile(method, LAYERS, rounds=2, users=3, removed=1)) == set()

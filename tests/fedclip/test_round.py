@@ -323,7 +323,7 @@ def collect(method, vector, weight=1.0):
     """The sum after one contribution with these values, from a client that says what it likes."""
     spec, layout = spec_of(method, Line())
     collector = Collector(spec, layout)
-    payload = collector.codec.encode(Dense(torch.tensor(vector)), layout)
+    payload = collector.wire.encode(Dense(torch.tensor(vector)))
     collector.take(0, Contribution(0, payload, weight, {"users": 1.0}))
     return collector
 
@@ -347,7 +347,7 @@ def test_a_payload_that_is_not_finite_is_a_zero_and_counted(bad):
 def test_what_cannot_be_taken_is_a_failed_user():
     collector = collect(averaging(), [1e9, 0.0])
     assert collector.fold.users == 0
-    assert collector.tallies[0] == {"failed_users": 1.0}
+    assert collector.tallies[0] == {"failed_users": 1.0, "uplink_bytes": 28.0}
     assert collector.errors[0].startswith("user 0: FoldOverflow: ")
     collector.take(0, Contribution(4, b"junk", 1.0, {"users": 1.0}))
     assert collector.tallies[0] == {"failed_users": 2.0}

@@ -1,12 +1,15 @@
 """Chains, error feedback, and how a bound is derived."""
 
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
 
 from fedclip.clipping import ClipByGlobalNorm, ClipPerLayer
-from fedclip.transform import UNBOUNDED, Bound, Chain, chain, with_error_feedback
+from fedclip.dgc import DGC
+from fedclip.sparsify import RandomK
+from fedclip.transform import UNBOUNDED, Bound, Chain, Step, Transform, chain, with_error_feedback
 from fedclip.update import Dense, norm, to_dense
 from tests.stages_of_tests import Amplify, Round, TopK
 from tests.strategies_of_data import context, flat
@@ -105,3 +108,25 @@ def test_error_feedback_after_a_clip_breaks_its_bound_within_twenty_rounds():
 
 def test_names_say_what_is_inside():
     assert chain(ClipByGlobalNorm(1.0), with_error_feedback(TopK(1))).name == "chain(clip_by_global_norm, with_error_feedback(top_k))"
+
+
+@pytest.mark.parametrize("inner", [RandomK(0.1, scale=True), DGC(), Amplify(), chain(TopK(3), Amplify())], ids=lambda s: s.name)
+def test_error_feedback_around_what_enlarges_is_refused(inner):
+    with pytest.raises(ValueError, match="only loses something"):
+        with_error_feedback(inner)
+
+
+def test_error_feedback_goes_where_the_update_is():
+    """On the meta device tensors have no values, and two devices in one operation raise, as on a GPU."""
+    stage, layout = with_error_feedback(Gone()), flat(3)
+    step = stage.apply(Dense(torch.zeros(3, device="meta")), stage.init(layout), context(layout))
+    assert step.state[0].device.type == "meta"
+
+
+@dataclass(frozen=True)
+class Gone(Transform):
+    def apply(self, update, state, ctx):
+        return Step(Dense(torch.zeros_like(update.vector)))
+
+    def bound(self, incoming, layout):
+        return incoming

@@ -9,16 +9,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedclip.adaptive import AdaptiveClip
 from fedclip.checkpoints import Checkpoint, Checkpoints
-from fedclip.client import Collector, Contribution
+from fedclip.client import Client, Collector, Contribution, Site, pack_bits
 from fedclip.clipping import ClipByGlobalNorm, ClipPerLayer
 from fedclip.codec import DenseCodec, WireError
+from fedclip.dgc import DGC
 from fedclip.local import LocalSGD
 from fedclip.method import Method, ServerState, noise_to_bound
 from fedclip.optimizers import SGD
 from fedclip.packed import PackedCodec
-from fedclip.quantize import Quantize
+from fedclip.quantize import Entropy, Quantize
 from fedclip.release import Gaussian, Release
+from fedclip.replica import Replica
 from fedclip.round import begin, finish
 from fedclip.sampling import Poisson
 from fedclip.schedules import Schedule
@@ -26,7 +29,8 @@ from fedclip.sparsify import CommonMask, RandomK
 from fedclip.tasks.vision import build_vision
 from fedclip.tasks.vision_options import VisionOptions
 from fedclip.transform import chain, with_error_feedback
-from fedclip.update import Dense, Sparse, to_dense, values_of
+from fedclip.update import Codes, Dense, Sparse, to_dense, values_of
+from fedclip.user_states import StatesInMemory
 from fedclip.wire import Wire, pack_support, support_of
 from tests.strategies_of_data import bits, context, flat, layouts
 
@@ -181,16 +185,11 @@ def test_two_masks_and_a_state_after_a_mask_are_refused():
 
 
 def test_a_user_of_a_task_sends_on_the_support():
-    from fedclip.client import Client, Site
-    from fedclip.replica import Replica
-
     task = build_vision(VisionOptions(name="vision"), population=20, seed=1)
     site = Site(task, Replica(task.make_model()))
     layout = site.replica.layout
     masked = method(with_error_feedback(CommonMask(0.1)), ClipByGlobalNorm(0.5))
     plan = begin(masked, state_of(masked, layout), layout, "s", "r")
-    from fedclip.user_states import StatesInMemory
-
     client = Client(site, plan.spec, StatesInMemory())
     contribution = client.train_user(3)
     assert contribution.error is None
@@ -199,3 +198,56 @@ def test_a_user_of_a_task_sends_on_the_support():
     update = client.wire.decode(contribution.payload)
     assert torch.equal(update.indices, support)
     assert float(values_of(update).norm()) <= 0.5
+
+
+def test_few_values_of_the_support_stay_on_their_grid():
+    support = CommonMask(0.5).support(1, LAYOUT)
+    update = Sparse(support, torch.randn(support.numel(), generator=torch.Generator().manual_seed(0)))
+    few = Entropy(2.0).apply(update, None, context(LAYOUT)).update
+    assert 0 < few.indices.numel() < support.numel()
+    wire = Wire(PackedCodec(), LAYOUT, support)
+    back = wire.decode(wire.encode(few))
+    assert bits(to_dense(back, LAYOUT)) == bits(to_dense(few, LAYOUT))
+    assert isinstance(back.grid, Codes)
+    assert torch.equal(back.grid.codes, few.grid.codes)
+
+
+def test_bounds_of_layers_that_nobody_could_send_stay():
+    """A layer without a coordinate on the mask is within its bound at everybody: its bits say nothing."""
+    layout = flat(400, 3)
+    masked = method(CommonMask(0.02), ClipPerLayer(0.5), z=0, adaptive=AdaptiveClip())
+    state = state_of(masked, layout)
+    for _ in range(30):
+        plan = begin(masked, state, layout, "s", "r")
+        support = support_of(plan.spec, masked.client, layout)
+        collector, wire = Collector(plan.spec, layout), Wire.of(plan.spec, masked.client, layout)
+        step = masked.for_round(state.thresholds, layout).client.apply(
+            Dense(torch.full((layout.size,), 1e-3)), (None, None), context(layout, plan.spec.streams.round)
+        )
+        collector.take(0, Contribution(1, wire.encode(step.update), 1.0, {"users": 1.0}, clip_bits=pack_bits(step.clip_bits)))
+        after = finish(masked, state, layout, plan, [collector.partial()]).state
+        moved = [a != b for a, b in zip(state.thresholds, after.thresholds, strict=True)]
+        assert moved == [True, bool((support >= 400).any())]
+        state = after
+
+
+def test_what_the_sum_would_refuse_is_not_remembered_as_sent():
+    task = build_vision(VisionOptions(name="vision"), population=20, seed=1)
+    site = Site(task, Replica(task.make_model()))
+    layout = site.replica.layout
+    greedy = Method(
+        Poisson(20, 5.0), LocalSGD(1e4, steps=1), chain(DGC(0.01, warmup=())), chain(SGD(Schedule.of(1.0), momentum_1d=0.9)), Release()
+    )
+    plan, states = begin(greedy, state_of(greedy, layout), layout, "s", "r"), StatesInMemory()
+    contribution = Client(site, plan.spec, states).train_user(3)
+    assert "FoldOverflow" in contribution.error
+    fresh = greedy.client.init(layout)
+    assert states.load(3, 2, fresh) is fresh
+
+
+def test_bytes_of_what_was_refused_were_sent_all_the_same():
+    plain = method(ClipByGlobalNorm(1.0))
+    plan = begin(plain, state_of(plain), LAYOUT, "s", "r")
+    collector = Collector(plan.spec, LAYOUT)
+    collector.take(0, Contribution(1, b"not a payload", 1.0, {"users": 1.0, "uplink_bytes": 13.0}))
+    assert collector.tallies[0] == {"failed_users": 1.0, "uplink_bytes": 13.0}

@@ -7,6 +7,7 @@ from fedclip.config import make_experiment
 from fedclip.dgc import DGC
 from fedclip.optimizers import LAMB, SGD, Adam
 from fedclip.options import ConfigError
+from fedclip.quantize import Quantize
 from fedclip.release import Gaussian, Release
 from fedclip.sampling import Poisson
 from fedclip.schedules import Schedule
@@ -67,7 +68,11 @@ def test_pfl4asr_is_clip_per_layer_noise_and_lamb():
 def test_dgc_has_its_momentum_where_the_paper_has_it():
     method = deep_gradient_compression(sampler=SAMPLER, local=LOCAL, clip_norm=2.0, nesterov=True)
     assert method.client == chain(DGC(0.001, 0.9, True, 2.0, nodes=20))
-    assert method.server == chain(SGD(ONE, 0.0, False, 0.9))
+    assert method.server == chain(SGD(ONE, 0.0, True, 0.9)), "small tensors look ahead too"
+    plain = deep_gradient_compression(sampler=SAMPLER, local=LOCAL)
+    assert plain.server == chain(SGD(ONE, 0.0, False, 0.9))
+    private = deep_gradient_compression(sampler=SAMPLER, local=LOCAL, mechanism=NOISE, max_norm=0.5, grid="int8")
+    assert private.client == chain(DGC(nodes=20), ClipPerLayer(0.5), Quantize(8, 256)), "a clip after rounding would take it off its grid"
     sparse = deep_gradient_compression(sampler=SAMPLER, local=LOCAL, small="sparse", grid="int8")
     assert (sparse.client, sparse.server) == (chain(DGC(nodes=20, small="sparse", grid="int8")), chain(SGD(ONE)))
     stateless = deep_gradient_compression(sampler=SAMPLER, local=LOCAL, state="none", max_norm=0.5, mechanism=NOISE)
