@@ -350,7 +350,7 @@ def test_what_cannot_be_taken_is_a_failed_user():
     assert collector.tallies[0] == {"failed_users": 1.0, "uplink_bytes": 28.0}
     assert collector.errors[0].startswith("user 0: FoldOverflow: ")
     collector.take(0, Contribution(4, b"junk", 1.0, {"users": 1.0}))
-    assert collector.tallies[0] == {"failed_users": 2.0}
+    assert collector.tallies[0] == {"failed_users": 2.0, "uplink_bytes": 32.0}
     assert collector.errors[1].startswith("user 4: WireError: ")
 
 
