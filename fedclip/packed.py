@@ -1,36 +1,40 @@
 """`PackedCodec`: updates of few coordinates or few bits in few bytes, without loss. The format byte by byte: docs/wire.md."""
 
-import json
 import struct
-import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import zstandard
 
-from fedclip.codec import Codec, WireError
+from fedclip.codec import Codec
 from fedclip.layout import Layout
+from fedclip.packed_format import (
+    CODES,
+    CODES_HALF_SCALES,
+    DENSE,
+    ESCAPE,
+    FLOATS,
+    HALVES,
+    HEADER,
+    LARGEST_BLOCK,
+    MAGIC,
+    RAW,
+    SPARSE,
+    VERSION,
+    ZSTD,
+    Array,
+    checksum,
+    counts_of,
+    symbol_count,
+)
+from fedclip.packed_reader import Reader, open_payload, read_positions, read_values
 from fedclip.update import Codes, Dense, Grid, Half, Sparse, Update, decoded, lengths_of_blocks, values_of
 
-Array = npt.NDArray[Any]
 Compressors = tuple[zstandard.ZstdCompressor, ...]
 
-HEADER = struct.Struct("<4sBBBBQI")
-"""Magic, version, form, grid, bits of a code (0: no codes), d, CRC-32 over the layout's shapes, this header and the body; 20 bytes."""
-
-MAGIC, VERSION = b"FCP1", 1
-DENSE, SPARSE = 0, 1
-FLOATS, HALVES, CODES, CODES_HALF_SCALES = 0, 1, 2, 3
-ESCAPE = 0xFFFF
-"""A 16-bit word of a gap that goes on: 65,535 places, and no coordinate yet."""
-
-RAW, ZSTD = 0, 1
 LEVELS = range(1, 20)
-LARGEST_BLOCK = 2**62
 
 
 @dataclass(frozen=True)
@@ -70,15 +74,12 @@ class PackedCodec(Codec):
 
     def decode(self, payload: bytes, layout: Layout) -> Update:
         """Return the update of a payload; what is allocated is a small multiple of the layout's size, whatever the payload says."""
-        form, kind, bits = _open(payload, layout)
-        body = _Reader(memoryview(payload)[HEADER.size :])
-        indices = _read_positions(body, layout.size) if form == SPARSE else None
-        values, grid = _read_values(body, kind, bits, _counts(indices, layout))
+        form, kind, bits = open_payload(payload, layout)
+        body = Reader(memoryview(payload)[HEADER.size :])
+        indices = read_positions(body, layout.size) if form == SPARSE else None
+        values, grid = read_values(body, kind, bits, counts_of(indices, layout))
         body.end()
         return Dense(values, grid) if indices is None else Sparse(indices, values, grid)
-
-
-# What is sent
 
 
 def _check_fits(update: Update, layout: Layout) -> None:
@@ -112,11 +113,11 @@ def _holds(update: Update, layout: Layout) -> bool:
         return grid is not None and _are_halves(values)
     if not (1 <= grid.bits <= 8 and 1 <= grid.block <= LARGEST_BLOCK) or grid.codes.dtype != torch.int8 or grid.codes.shape != values.shape:
         return False
-    lengths = lengths_of_blocks(_counts(None if isinstance(update, Dense) else update.indices, layout), grid.block)
+    lengths = lengths_of_blocks(counts_of(None if isinstance(update, Dense) else update.indices, layout), grid.block)
     if grid.scales.shape != (len(lengths),) or grid.scales.dtype != torch.float32 or not bool(grid.scales.isfinite().all()):
         return False
     symbols = _symbols(grid.codes.cpu().numpy(), grid.bits)
-    valid = not symbols.size or int(symbols.max()) < _symbol_count(grid.bits)
+    valid = not symbols.size or int(symbols.max()) < symbol_count(grid.bits)
     if grid.bits == 1:
         valid = valid and bool((grid.codes != 0).all())
     return valid and _same_bits(decoded(grid.codes, grid.scales, lengths), values)
@@ -176,7 +177,7 @@ def _payload(update: Update, layout: Layout, zstd: Compressors) -> bytes:
     body = b"".join(parts)
     form = SPARSE if isinstance(update, Sparse) else DENSE
     head = HEADER.pack(MAGIC, VERSION, form, kind, bits, layout.size, 0)[:-4]
-    return head + struct.pack("<I", _checksum(head, body, layout)) + body
+    return head + struct.pack("<I", checksum(head, body, layout)) + body
 
 
 def _letters_alone() -> zstandard.ZstdCompressionParameters:
@@ -185,11 +186,6 @@ def _letters_alone() -> zstandard.ZstdCompressionParameters:
     Of the high bytes of gaps at uniform positions they make 3.5 bits each, where level 3 makes 4.0 and their entropy is 3.4.
     """
     return zstandard.ZstdCompressionParameters(strategy=zstandard.STRATEGY_FAST, min_match=7, window_log=17, hash_log=6, chain_log=6)
-
-
-def _checksum(head: bytes | memoryview, body: bytes | memoryview, layout: Layout) -> int:
-    """Return the CRC-32 of the shapes, the header without its checksum, and the body: another layout's payload does not pass."""
-    return zlib.crc32(body, zlib.crc32(head, zlib.crc32(json.dumps(layout.shapes).encode())))
 
 
 def _positions(indices: Array, zstd: Compressors) -> list[bytes]:
@@ -208,12 +204,6 @@ def _words(values: Array, half: bool) -> Array:
     """Return floating-point numbers as unsigned ones with the sign as the lowest bit, so that the highest byte is all exponent."""
     words = values.astype(np.float16).view(np.uint16) if half else values.view(np.uint32)
     return (words << 1) | (words >> (8 * words.itemsize - 1))
-
-
-def _floats(words: Array) -> Array:
-    """Return the float32 numbers of `_words`."""
-    turned = (words >> 1) | (words << (8 * words.itemsize - 1))
-    return turned.view(np.float32) if words.itemsize == 4 else turned.view(np.float16).astype(np.float32)
 
 
 def _sections(words: Array, zstd: Compressors) -> list[bytes]:
@@ -240,26 +230,11 @@ def _varint(number: int) -> bytes:
     return bytes(out)
 
 
-# Codes
-
-
-def _symbol_count(bits: int) -> int:
-    """Return how many different codes there are: 2 for one bit, else 2^bits - 1."""
-    return 2 if bits == 1 else (1 << bits) - 1
-
-
 def _symbols(codes: Array, bits: int) -> Array:
-    """Return codes as unsigned bytes from 0 on; a code out of range gives a symbol of `_symbol_count` or more (0 for one bit)."""
+    """Return codes as unsigned bytes from 0 on; a code out of range gives a symbol of `symbol_count` or more (0 for one bit)."""
     if bits == 1:
         return (codes.view(np.uint8) + np.uint8(1)) >> np.uint8(1)
     return codes.view(np.uint8) + np.uint8((1 << (bits - 1)) - 1)
-
-
-def _codes(symbols: Array, bits: int) -> Array:
-    """Return the codes of symbols that are in range."""
-    if bits == 1:
-        return (2 * symbols.astype(np.int8) - 1).astype(np.int8)
-    return (symbols - np.uint8((1 << (bits - 1)) - 1)).view(np.int8)
 
 
 def _packed_bits(symbols: Array, bits: int) -> bytes:
@@ -267,135 +242,3 @@ def _packed_bits(symbols: Array, bits: int) -> bytes:
     if bits == 8:
         return symbols.tobytes()
     return np.packbits(np.unpackbits(symbols[:, None], axis=1)[:, 8 - bits :]).tobytes()
-
-
-def _unpacked_bits(raw: bytes | memoryview, bits: int, size: int) -> Array:
-    if bits == 8:
-        return np.frombuffer(raw, dtype=np.uint8)
-    flat = np.unpackbits(np.frombuffer(raw, dtype=np.uint8))
-    if flat[bits * size :].any():
-        raise WireError("Expected zero bits after the last code, got others; made by another program?")
-    return np.packbits(flat[: bits * size].reshape(size, bits), axis=1).ravel() >> np.uint8(8 - bits)
-
-
-# What comes in
-
-
-def _open(payload: bytes, layout: Layout) -> tuple[int, int, int]:
-    """Return form, grid and bits of a payload whose header and checksum are right."""
-    if len(payload) < HEADER.size:
-        raise WireError(f"Expected at least {HEADER.size} bytes, got {len(payload)}; truncated, or from another program.")
-    magic, version, form, kind, bits, size, checksum = HEADER.unpack_from(payload)
-    if magic != MAGIC or version != VERSION:
-        raise WireError(
-            f"Expected a packed payload of version {VERSION}, got {magic!r} version {version}; sent by another codec or release?"
-        )
-    whole = memoryview(payload)
-    if size != layout.size or _checksum(whole[: HEADER.size - 4], whole[HEADER.size :], layout) != checksum:
-        raise WireError(
-            f"Expected an undamaged update of {layout.size} values, got one of {size} or a wrong checksum; damaged, or of another model."
-        )
-    has_codes = kind in (CODES, CODES_HALF_SCALES)
-    if form not in (DENSE, SPARSE) or kind > CODES_HALF_SCALES or not (1 <= bits <= 8 if has_codes else bits == 0):
-        raise WireError(f"Expected a known form, grid and bits, got {form}, {kind} and {bits}; made by a later release or another program.")
-    return form, kind, bits
-
-
-class _Reader:
-    """Takes sections from a body, each of a length that is known before."""
-
-    def __init__(self, body: memoryview) -> None:
-        self.rest = body
-        self.zstd = zstandard.ZstdDecompressor()
-
-    def take(self, size: int) -> memoryview:
-        if size > len(self.rest):
-            raise WireError(f"Expected {size} more bytes, got {len(self.rest)}; made by another program?")
-        taken, self.rest = self.rest[:size], self.rest[size:]
-        return taken
-
-    def varint(self) -> int:
-        number = 0
-        for shift in range(0, 63, 7):
-            byte = self.take(1)[0]
-            number |= (byte & 0x7F) << shift
-            if byte < 0x80:
-                return number
-        raise WireError("Expected a length under 2^63, got more digits; made by another program?")
-
-    def section(self, size: int, plain_size: int | None = None) -> tuple[memoryview | bytes, bool]:
-        """Return the bytes of a section and whether they were compressed: `size` of them then, else `plain_size`."""
-        length, how = divmod(self.varint(), 2)
-        stored = self.take(length)
-        if how == ZSTD:
-            return _decompressed(stored, size, self.zstd), True
-        plain_size = size if plain_size is None else plain_size
-        if length != plain_size:
-            raise WireError(f"Expected a section of {plain_size} bytes, got {length}; made by another program?")
-        return stored, False
-
-    def words(self, count: int, width: int) -> Array:
-        """Return `count` unsigned numbers of `width` bytes, from one section a byte."""
-        planes = np.empty((count, width), dtype=np.uint8)
-        for i in range(width):
-            planes[:, i] = np.frombuffer(self.section(count)[0], dtype=np.uint8)
-        return planes.view(f"<u{width}").ravel().astype(f"u{width}", copy=False)
-
-    def end(self) -> None:
-        if len(self.rest):
-            raise WireError(f"Expected the end, got {len(self.rest)} more bytes; made by another program?")
-
-
-def _decompressed(stored: memoryview, size: int, zstd: zstandard.ZstdDecompressor) -> bytes:
-    """Return what a single zstd frame holds, if that is `size` bytes: the frame says so before anything is allocated."""
-    try:
-        frame = zstandard.get_frame_parameters(stored)
-        if size and frame.content_size == size and frame.window_size <= max(1024, 2 * size) and not frame.dict_id:
-            raw = zstd.decompress(stored, max_output_size=size, allow_extra_data=False)
-            if len(raw) == size:
-                return raw
-    except zstandard.ZstdError as error:
-        raise WireError(f"Expected a zstd frame of {size} bytes, got a broken one ({error}); made by another program?") from error
-    raise WireError(f"Expected a zstd frame of {size} bytes, got one of {frame.content_size}; made by another program?")
-
-
-def _read_positions(body: _Reader, size: int) -> torch.Tensor:
-    """Return the indices, which ascend by the way they are written."""
-    kept, escapes = body.varint(), body.varint()
-    if kept > size or escapes > size // ESCAPE:
-        raise WireError(f"Expected at most {size} positions, got {kept} and {escapes} words that go on; made by another program?")
-    words = body.words(kept + escapes, 2)
-    ends = words != ESCAPE
-    if int(np.count_nonzero(ends)) != kept or (escapes and not ends[-1]):
-        raise WireError(f"Expected {kept} positions, got {int(np.count_nonzero(ends))} or an open end; made by another program?")
-    places = np.cumsum(words, dtype=np.int64)
-    indices = (places[ends] if escapes else places) + np.arange(kept, dtype=np.int64)
-    if kept and indices[-1] >= size:
-        raise WireError(f"Expected indices under {size}, got {indices[-1]}; made by another program?")
-    return torch.from_numpy(indices)
-
-
-def _read_values(body: _Reader, kind: int, bits: int, counts: Sequence[int]) -> tuple[torch.Tensor, Grid | None]:
-    """Return the stored values, so many of each tensor, and their grid."""
-    size = sum(counts)
-    if kind in (FLOATS, HALVES):
-        words = body.words(size, 4 if kind == FLOATS else 2)
-        return torch.from_numpy(_floats(words)), None if kind == FLOATS else Half()
-    block = body.varint()
-    if not 1 <= block <= LARGEST_BLOCK:
-        raise WireError(f"Expected blocks of 1 to 2^62 values, got {block}; made by another program?")
-    lengths = lengths_of_blocks(counts, block)
-    scales = torch.from_numpy(_floats(body.words(len(lengths), 4 if kind == CODES else 2)))
-    if not bool(scales.isfinite().all()):
-        raise WireError("Expected finite scales, got others; made by another program?")
-    raw, unpacked = body.section(size, -(-bits * size // 8))
-    symbols = np.frombuffer(raw, dtype=np.uint8) if unpacked else _unpacked_bits(raw, bits, size)
-    if symbols.size and int(symbols.max()) >= _symbol_count(bits):
-        raise WireError(f"Expected codes of {bits} bits, got the symbol {int(symbols.max())}; made by another program?")
-    codes = torch.from_numpy(_codes(symbols, bits))
-    return decoded(codes, scales, lengths), Codes(codes, scales, block, bits)
-
-
-def _counts(indices: torch.Tensor | None, layout: Layout) -> Sequence[int]:
-    """Return how many values of each tensor are stored: all, or those at some indices."""
-    return layout.sizes if indices is None else layout.counts(indices)

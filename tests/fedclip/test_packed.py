@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from fedclip.codec import WireError
 from fedclip.layout import Layout
-from fedclip.packed import CODES, DENSE, ESCAPE, FLOATS, HEADER, MAGIC, RAW, SPARSE, VERSION, ZSTD, PackedCodec, _varint
+from fedclip.packed import PackedCodec, _varint
+from fedclip.packed_format import CODES, DENSE, ESCAPE, FLOATS, HEADER, MAGIC, RAW, SPARSE, VERSION, ZSTD
 from fedclip.update import Codes, Dense, Half, Sparse, block_lengths, decoded, lengths_of_blocks, norm, to_dense, values_of
 from tests.strategies_of_data import bits, flat, layouts, updates, updates_with_layouts
 
