@@ -30,10 +30,17 @@ def run_command(experiment: Experiment, path: Path, quiet: bool, resume: bool = 
         reporter.say(
             f"{experiment.run.name}: {prepared.experiment.population.size:,} users, cohorts of about {prepared.experiment.sampler.cohort:g}"
         )
+        say_skipped(prepared, reporter)
         if prepared.method.stateful:
             reporter.say(check_room(prepared, path, resume))
         with open_engine(prepared, path) as engine:
             return run_rounds(prepared, engine, path, reporter, resume)
+
+
+def say_skipped(prepared: Prepared, reporter: Reporter) -> None:
+    """Say what of the data is left out of the whole run, by cause."""
+    for cause, (count, first) in getattr(prepared.task, "skipped", {}).items():
+        reporter.say(f"left out: {count:,} utterances: {cause} ({first}{', and others' if count > 1 else ''})")
 
 
 def check_room(prepared: Prepared, path: Path, resume: bool = False) -> str:
@@ -63,6 +70,7 @@ def central_command(experiment: Experiment, path: Path, quiet: bool) -> int:
     # What is recorded is a run without noise; the baseline's cohorts are those of the experiment as it stands.
     public = dataclasses.replace(prepared, method=dataclasses.replace(prepared.method, release=Release()))
     with Reporter(experiment.run.rounds, quiet) as reporter:
+        say_skipped(prepared, reporter)
         return run_rounds(public, Central(prepared), path, reporter)
 
 

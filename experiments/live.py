@@ -3,12 +3,15 @@
 import shlex
 import time
 from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console
 from rich.live import Live
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from fedclip.accounting import Guarantee
@@ -16,6 +19,34 @@ from fedclip.accounting import Guarantee
 COLUMNS = ("round", "loss", "error", "up", "down", "users/s", "time left")
 SHOWN_ROUNDS = 12
 SECONDS_BETWEEN_LINES = 5.0
+SECONDS_BEFORE_BAR = 2.0
+
+
+@contextmanager
+def indexing(console: Console | None = None) -> Iterator[Callable[[str, int], None]]:
+    """Give a function that is told how far the making of an index is, and shows it on stderr where that takes long."""
+    shown = console or Console(stderr=True)
+    columns = (SpinnerColumn(), TextColumn("{task.description}: {task.completed:,.0f}"), BarColumn(), TimeElapsedColumn())
+    progress = Progress(*columns, console=shown, transient=True, auto_refresh=False)
+    start, tasks = time.monotonic(), dict[str, TaskID]()
+
+    def watch(what: str, done: int) -> None:
+        if time.monotonic() - start < SECONDS_BEFORE_BAR:
+            return
+        if what not in tasks:
+            if not shown.is_terminal:
+                shown.print(f"{what} ...", highlight=False)
+            elif not tasks:
+                progress.start()
+            tasks[what] = progress.add_task(what, total=None)
+        if shown.is_terminal:
+            progress.update(tasks[what], completed=done, refresh=True)
+
+    try:
+        yield watch
+    finally:
+        if tasks and shown.is_terminal:
+            progress.stop()
 
 
 class Reporter:

@@ -2,12 +2,13 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedclip.config import Experiment, load_experiment, make_experiment
 from fedclip.options import ConfigError
+from fedclip.speech.find import EXPECTED, FINDERS
 from strategies.naming import run_digest
 from strategies.privacy import calibrated
 from strategies.recipes import build_method, resolve
@@ -102,17 +103,11 @@ def corpus_kind(folder: Path, preferred: str = "") -> str:
     Raises:
         ConfigError: none of the known layouts.
     """
-    there = {
-        "manifest": any((folder / name).is_file() for name in ("manifest.csv", "manifest.tsv")),
-        "spoken_digits": (folder / "recordings").is_dir(),
-    }
-    kinds = [kind for kind, is_there in there.items() if is_there]
-    if kinds:
-        return preferred if preferred in kinds else kinds[0]
-    raise ConfigError(
-        f"No known layout in {folder}: expected a manifest.csv or manifest.tsv with the columns speaker, path and text, "
-        "or recordings/<digit>_<speaker>_<number>.wav."
-    )
+    kinds = [preferred, *FINDERS] if preferred in FINDERS else FINDERS
+    kind = next((kind for kind in kinds if FINDERS[kind](folder) is not None), None)
+    if kind is None:
+        raise ConfigError(f"No known layout in {folder}: expected {', or '.join(EXPECTED.values())}.")
+    return kind
 
 
 def prepare(experiment: Experiment, *, resume: bool = False) -> Prepared:
@@ -126,6 +121,7 @@ def prepare(experiment: Experiment, *, resume: bool = False) -> Prepared:
     """
     import torch
 
+    from experiments.live import indexing
     from fedclip.process import settle_process
     from fedclip.tasks.build import TaskRecipe
 
@@ -133,7 +129,8 @@ def prepare(experiment: Experiment, *, resume: bool = False) -> Prepared:
     if experiment.run.device.startswith("cuda") and experiment.ray.address is None and not torch.cuda.is_available():
         raise ConfigError(f"run.device: '{experiment.run.device}' is not there (torch finds no GPU); use 'cpu'.")
     size = experiment.population.size
-    task = TaskRecipe.of(experiment).build()
+    with indexing() as watch:
+        task = TaskRecipe.of(experiment).build(watch)
     layout = _layout_of(task, experiment)
     experiment, initial = (experiment, None) if resume else _with_initial(experiment, layout)
     if size is None:
@@ -154,7 +151,8 @@ def prepare(experiment: Experiment, *, resume: bool = False) -> Prepared:
         raise
     except ValueError as error:
         raise ConfigError(f"strategy: {error}") from error
-    return Prepared(experiment, TaskRecipe.of(experiment), task, method, initial)
+    recipe = replace(TaskRecipe.of(experiment), index=getattr(task, "index", ""))
+    return Prepared(experiment, recipe, task, method, initial)
 
 
 def read_run(run: Path, overrides: list[str], data_dir: Path | None = None) -> Experiment:

@@ -30,7 +30,7 @@ class Progress:
         saving_seconds: of that, the time for ledger, releases and checkpoints.
         metrics: the last value of each metric.
         best: round, metric and value of the best model so far; empty before the first evaluation.
-        errors: what the first failed users said.
+        errors: what the first failed users said, or users whose data could not all be read.
     """
 
     users: float = 0.0
@@ -58,7 +58,8 @@ class Progress:
         self.uplink += up
         self.downlink += number(outcome.tally, "downlink_bytes")
         self.steady = up / users if users else self.steady
-        self.errors += outcome.errors[: max(0, 5 - len(self.errors))]
+        new = [error for error in dict.fromkeys(outcome.errors) if error not in self.errors]
+        self.errors += new[: max(0, 5 - len(self.errors))]
 
     def judge(self, metrics: dict[str, float], round: int) -> bool:
         """Take an evaluation in, and return whether the model is the best so far."""

@@ -259,6 +259,9 @@ def _summary(run: Run, status: str) -> dict[str, Any]:
         summary |= _traffic(run)
     if progress.best:
         summary["best"] = progress.best
+    skipped = getattr(run.prepared.task, "skipped", {})
+    if skipped:
+        summary["skipped_utterances"] = {cause: count for cause, (count, _) in skipped.items()}
     if engine.account is not None:
         summary["noise_to_bound"] = noise_to_bound(method, engine.layout)
         summary["measured"] = engine.account.spent().plain()

@@ -42,7 +42,7 @@ class Site:
 class Contribution:
     """What one user gives: the encoded update, its weight, its packed clip bits and what was measured.
 
-    A user that failed gives no payload.
+    A user that failed gives no payload. `error` says why, or what of the data of a user could not be read.
     """
 
     user: int
@@ -115,7 +115,7 @@ class Client:
         examples = task.load_user(user, streams.generator("data", user))
         left_out: Tally = {"examples_left_out": float(int(getattr(examples, "left_out", 0)))}
         if not len(examples):
-            return Contribution(user, None, 0.0, {"users_without_data": 1.0, **left_out})
+            return Contribution(user, None, 0.0, {"users_without_data": 1.0, **left_out}, _said_of(examples))
         replica.load(self.params)
         with streams.torch_seeded("training", user, str(replica.params.device)):
             loss = self.local.train(replica, task, examples, streams.generator("batches", user))
@@ -137,7 +137,7 @@ class Client:
         if math.isfinite(loss):
             tally |= {"train_loss": loss, "losses": 1.0}
         tally |= {f"chain.{k}": list(v) if isinstance(v, tuple) else v for k, v in step.measurements.items()}
-        return Contribution(user, payload, 1.0 if self.spec.private else weight, tally, clip_bits=bits)
+        return Contribution(user, payload, 1.0 if self.spec.private else weight, tally, _said_of(examples), bits)
 
     def _remembered(self, user: int) -> State:
         """Return what the chain keeps of a user: the fresh state where it was never seen."""
@@ -209,6 +209,12 @@ def train_blocks(site: Site, spec: RoundSpec, blocks: Iterable[Block], states: U
             collector.take(block, client.train_user(user))
     client.sync()
     return collector.partial()
+
+
+def _said_of(examples: Sequence[object]) -> str | None:
+    """Return the first of what the examples of a user say of data that could not be read; None where they say nothing."""
+    faults: Sequence[str] = getattr(examples, "faults", ())
+    return f"left out: {faults[0]}{f' And {len(faults) - 1} more of this user.' if len(faults) > 1 else ''}" if faults else None
 
 
 def pack_bits(bits: Sequence[bool]) -> bytes:

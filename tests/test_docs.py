@@ -14,6 +14,7 @@ from experiments.cli import app
 from experiments.prepare import prepare
 from fedclip.config import make_experiment
 from strategies.recipes import resolve
+from tests.corpora_folders import FOLDERS
 from tests.idx_folder import write_idx_folder
 
 PROJECT = Path(__file__).parents[1]
@@ -41,6 +42,10 @@ def test_toml_is_an_experiment(text: str, tmp_path: Path) -> None:
     values = tomllib.loads(text)
     if values["task"].get("data") == "idx":
         values["run"]["data_dir"] = str(write_idx_folder(tmp_path, train=200))
+    kind = values["task"].get("corpus", {}).get("kind")
+    if kind in FOLDERS:
+        values["run"]["data_dir"] = str(FOLDERS[kind](tmp_path / "data"))
+        values["task"]["cache_dir"] = str(tmp_path / "cache")
     assert prepare(resolve(make_experiment(values))).task.users > 0
 
 

@@ -11,10 +11,14 @@ SAMPLE_RATE = 16_000
 
 @dataclass(frozen=True, eq=False)
 class Utterance:
-    """One spoken utterance: float32 mono samples in [-1, 1] at `SAMPLE_RATE`, shape (time,), and what was said."""
+    """One spoken utterance: float32 mono samples in [-1, 1] at `SAMPLE_RATE`, shape (time,), and what was said, as published."""
 
     audio: np.ndarray
     text: str
+    language: str = ""
+    """The code of its language, such as `en`; empty where that is not known."""
+    fault: str = ""
+    """Why its recording cannot be read; there is no audio then."""
 
 
 class Corpus(Protocol):

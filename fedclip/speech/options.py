@@ -34,18 +34,87 @@ class EmbeddedOptions(Options):
         return self
 
 
-class ManifestOptions(Options):
-    """Recordings listed in `manifest.csv` or `manifest.tsv` of the data folder, with columns speaker, path, text [, split].
+class RecordedOptions(Options):
+    """What is common to recordings that are read as they are.
+
+    `speakers`: "seed" trains on a fixed part of the training speakers, `seed_fraction` of them by a hash of their names, "federated" on
+    all the others, "all" on both. `utterances`: at most so many a speaker a round, drawn anew each round; None for all of them.
+    """
+
+    speakers: Literal["all", "seed", "federated"] = "all"
+    seed_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    utterances: Annotated[int, Field(ge=1)] | None = None
+
+
+class ManifestOptions(RecordedOptions):
+    """Recordings listed in `manifest.csv` or `manifest.tsv` of the data folder, columns speaker, path, text [, split] [, language].
 
     `hold_out`: "split" takes the manifest's split column, "utterances" holds out a fixed fraction of the utterances,
     "speakers" a fixed fraction of the speakers; "auto" means "split" where there is such a column, else "utterances".
-    `utterances`: at most so many utterances a speaker a round, drawn anew each round; None for all of them.
     """
 
     kind: Literal["manifest"] = "manifest"
     hold_out: Literal["auto", "split", "utterances", "speakers"] = "auto"
     held_out_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    utterances: Annotated[int, Field(ge=1)] | None = None
+
+
+class PublishedOptions(RecordedOptions):
+    """What is common to published corpora. No speaker who is held out is trained on.
+
+    `subsets`: what is trained on, by the corpus's own names; empty: all its training sets that are there. `held_out`: what is held out;
+    empty: its development sets, else its test sets, else `held_out_fraction` of the speakers by a hash of their names.
+    """
+
+    subsets: tuple[str, ...] = ()
+    held_out: tuple[str, ...] = ()
+    held_out_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
+
+    @model_validator(mode="after")
+    def _check_subsets(self) -> Self:
+        twice = sorted({*self.subsets} & {*self.held_out})
+        if twice:
+            raise ValueError(f"Expected subsets and held_out to have none in common, got {', '.join(twice)} in both.")
+        return self
+
+
+class LibriSpeechOptions(PublishedOptions):
+    """LibriSpeech: `train-clean-100/<speaker>/<chapter>/<speaker>-<chapter>-<number>.flac` with a `.trans.txt` a chapter."""
+
+    kind: Literal["librispeech"] = "librispeech"
+
+
+class CommonVoiceOptions(PublishedOptions):
+    """Common Voice: `train.tsv`, `dev.tsv`, `test.tsv` and `clips/`, of one language or of a release with a folder a language.
+
+    `languages`: the folders of a release that are read; empty: all of them.
+    """
+
+    kind: Literal["common_voice"] = "common_voice"
+    languages: tuple[str, ...] = ()
+
+
+class SpeechCommandsOptions(PublishedOptions):
+    """Speech Commands: `<word>/<speaker>_nohash_<number>.wav`; its sets are `train`, `validation` and `test`."""
+
+    kind: Literal["speech_commands"] = "speech_commands"
+
+
+class TedLiumOptions(PublishedOptions):
+    """TED-LIUM 1 to 3: `stm/<talk>.stm` and `sph/<talk>.sph` of `train`, `dev` and `test`; of release 3 those of `legacy`."""
+
+    kind: Literal["tedlium"] = "tedlium"
+
+
+class VoxPopuliOptions(PublishedOptions):
+    """VoxPopuli, transcribed: `<language>/asr_train.tsv` and `<language>/<year>/<id>.ogg`.
+
+    `languages`: the folders that are read; empty: all of them. `text`: the column of what is said; the raw one has capitals,
+    punctuation and digits, and is empty in places.
+    """
+
+    kind: Literal["voxpopuli"] = "voxpopuli"
+    languages: tuple[str, ...] = ()
+    text: Literal["normalized_text", "raw_text"] = "normalized_text"
 
 
 class SpokenDigitsOptions(Options):
@@ -69,5 +138,8 @@ class SpokenDigitsOptions(Options):
         return self
 
 
-CorpusOptions = Annotated[EmbeddedOptions | ManifestOptions | SpokenDigitsOptions, Field(discriminator="kind")]
+ListedOptions = ManifestOptions | LibriSpeechOptions | CommonVoiceOptions | SpeechCommandsOptions | TedLiumOptions | VoxPopuliOptions
+"""The sections of corpora that are read through an index of their listings."""
+
+CorpusOptions = Annotated[EmbeddedOptions | SpokenDigitsOptions | ListedOptions, Field(discriminator="kind")]
 """Any corpus section; its `kind` says which."""

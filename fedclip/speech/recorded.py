@@ -1,74 +1,80 @@
-"""Corpora of recorded speech, read in place: any folder with a manifest, and folders of single spoken digits."""
+"""A corpus of recordings in place: any listed one, published or of one's own."""
 
-import csv
-import hashlib
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 
-from fedclip.asr.text import normalise
-from fedclip.speech.corpus import SAMPLE_RATE, Utterance
+from fedclip.speech.corpus import Utterance
 from fedclip.speech.errors import CorpusError
-from fedclip.speech.grammar import DIGITS
-from fedclip.speech.options import ManifestOptions, SpokenDigitsOptions
-from fedclip.speech.recordings import Index, Recording, expect_folder, find_recording, read, seconds_a_byte, speaker_name
+from fedclip.speech.find import EXPECTED, FINDERS
+from fedclip.speech.index import Index, Shelf, Skips, digest_of
+from fedclip.speech.index_file import Watch, open_index
+from fedclip.speech.manifest import fraction
+from fedclip.speech.options import ListedOptions, ManifestOptions
+from fedclip.speech.published import LAYOUTS
+from fedclip.speech.recordings import FORMAT, check, expect_folder, nominal_seconds_a_byte, seconds_a_byte, utterances
 
-_DIGIT_NAME = re.compile(r"(\d)_(.+)_(\d+)\.wav")
-_PUBLISHED_TEST = range(5)
+CHECKED = 5000
+"""Files whose headers are all read before a run: of more, those that cannot be read are left out when it comes to them."""
 
 
-@dataclass(frozen=True)
-class ManifestCorpus:
-    """Recordings listed in a manifest.
+@dataclass(frozen=True, eq=False)
+class RecordedCorpus:
+    """Recordings that a corpus lists.
 
     Guarantees:
-        Whether an utterance or a speaker is held out depends on its own name alone, not on the seed or on what else is listed.
-        With `hold_out` "speakers", no held-out speaker is trained on.
+        Whether a speaker belongs to the seed or to the federation depends on its name alone, and on no other speaker.
+        Of published corpora no held-out speaker is trained on; nor of a manifest with `hold_out` "speakers".
     """
 
-    options: ManifestOptions
-    index: Index
+    options: ListedOptions
+    trained: Shelf
+    reserved: Shelf
+    skipped: Skips = field(default_factory=dict)
+    """For each cause, how many utterances are left out for it, and the first of them."""
 
     @classmethod
-    def open(cls, options: ManifestOptions, folder: Path) -> "ManifestCorpus":
-        """Read `manifest.csv` or `manifest.tsv` of a folder and see that every file it names is there.
+    def open(cls, options: ListedOptions, folder: Path, *, cache: Path, content: str = "", watch: Watch = lambda *_: None) -> Self:
+        """Return the corpus in a folder.
 
-        Its first line names the columns: `speaker`, `path` (relative to the folder), `text` and, optionally, `split` (train or
-        test). Texts become lower case and lose accents and punctuation (see `fedclip.asr.text.normalise`: numbers in digits stay, as
-        nobody knows here how they were spoken). Other columns are ignored.
+        Args:
+            options: what is read of it, and who is trained on.
+            folder: the data folder: the corpus, or the folder that it was unpacked in.
+            cache: where indexes are kept.
+            content: see `fedclip.speech.index_file.open_index`.
+            watch: is told of the progress.
 
         Raises:
-            CorpusError: no such folder, manifest, column or file, or a value that cannot be used; the message has the line.
+            CorpusError: no such folder, set or listing, a damaged listing, or nobody is left to train or evaluate on.
         """
-        rows = list(_manifest_rows(folder))
-        splits = any("split" in row for _, row in rows)
-        if options.hold_out == "split" and not splits:
-            raise CorpusError(f"hold_out is 'split', but the manifest in {folder} lacks the column 'split'; add it or change hold_out.")
-        by_split = splits and options.hold_out in ("auto", "split")
-        train: dict[str, list[Recording]] = {}
-        held_out: dict[str, list[Recording]] = {}
-        seen: dict[str, str] = {}
-        for where, row in rows:
-            if row["path"] in seen:
-                raise CorpusError(f"{where}: {row['path']} is already listed at {seen[row['path']]}; leave one of the two out.")
-            seen[row["path"]] = where
-            if by_split:
-                if row["split"] not in ("train", "test"):
-                    raise CorpusError(f"{where}: the split is {row['split']!r}; expected 'train' or 'test'.")
-                reserved = row["split"] == "test"
-            else:
-                reserved = _fraction(row["speaker" if options.hold_out == "speakers" else "path"]) < options.held_out_fraction
-            (held_out if reserved else train).setdefault(row["speaker"], []).append(_listed(where, folder, row))
-        return cls(options, Index(folder, train, held_out))
+        place = FINDERS[options.kind](expect_folder(folder))
+        if place is None:
+            raise CorpusError(f"{folder} is not as a corpus '{options.kind}': expected {EXPECTED[options.kind]} there; correct data_dir.")
+        train, held_out = _chosen_sets(options, place)
+        index = open_index(options, place, train, held_out, cache=cache, content=content, watch=watch)
+        trained, reserved, shared = _dealt(options, index, train, held_out)
+        for kind, shelf in (("training", trained), ("held-out", reserved)):
+            if not len(shelf):
+                raise CorpusError(
+                    f"{place} is left without {kind} recordings{_causes(index.skipped)}; add recordings, or choose another part of them "
+                    f"({', '.join(sorted({'hold_out', 'subsets', 'held_out', 'speakers'} & {*type(options).model_fields}))})."
+                )
+        return cls(options, trained, reserved, index.skipped | shared)
 
     @cached_property
     def recipe(self) -> str:
         """A digest of the recordings and the options."""
-        return self.index.digest("manifest", self.options.model_dump_json())
+        index = self.trained.index
+        return digest_of(FORMAT, index.stamp, index.content, self.options.model_dump_json())
+
+    @property
+    def content(self) -> str:
+        """A digest of the index, by which a worker finds it."""
+        return self.trained.index.content
 
     @property
     def cacheable(self) -> bool:
@@ -78,178 +84,94 @@ class ManifestCorpus:
     @property
     def train_speakers(self) -> int:
         """How many speakers have training utterances."""
-        return len(self.index.train_names)
+        return len(self.trained)
 
     @property
     def held_out_speakers(self) -> int:
         """How many speakers have held-out utterances."""
-        return len(self.index.held_out_names)
+        return len(self.reserved)
 
     def check(self) -> None:
-        """Read the header of every recording.
+        """Read the header of every recording of a manifest, if they are not too many.
 
         Raises:
             CorpusError: a recording is unreadable or empty; the message names the first such file.
         """
-        self.index.check()
+        if isinstance(self.options, ManifestOptions) and len(self.trained.index.paths) <= CHECKED:
+            check(recording for shelf in (self.trained, self.reserved) for recording in shelf.recordings(shelf.chosen))
 
     def train(self, speaker: int, rng: np.random.Generator) -> list[Utterance]:
         """Return a speaker's training utterances, or as many of them as the options allow, drawn by `rng`."""
-        recordings = self.index.train[speaker_name(self.index.train_names, speaker, "training")]
-        limit = self.options.utterances
-        if limit is not None and limit < len(recordings):
-            recordings = tuple(recordings[i] for i in sorted(rng.choice(len(recordings), size=limit, replace=False)))
-        return [Utterance(read(recording), recording.text) for recording in recordings]
+        numbers, limit = self.trained.numbers(speaker), self.options.utterances
+        if limit is not None and limit < len(numbers):
+            numbers = numbers[np.sort(rng.choice(len(numbers), size=limit, replace=False))]
+        return utterances(self.trained.recordings(numbers))
 
     def train_seconds(self, speaker: int) -> float:
-        """Return about how long `train` is, from the files' sizes and one header."""
-        recordings = self.index.train[speaker_name(self.index.train_names, speaker, "training")]
-        share = min(self.options.utterances or len(recordings), len(recordings)) / len(recordings)
-        return share * seconds_a_byte(recordings[0]) * sum(recording.size for recording in recordings)
+        """Return about how long `train` is, from what the listings say, else from the files' sizes and one header."""
+        index, numbers = self.trained.index, self.trained.numbers(speaker)
+        unknown = numbers[np.isnan(index.seconds[numbers])]
+        seconds = float(np.nansum(index.seconds[numbers]))
+        if len(unknown):
+            first = index.recording(int(unknown[0]))
+            try:
+                rate = seconds_a_byte(first)
+            except CorpusError:
+                rate = nominal_seconds_a_byte(first.path)
+            seconds += rate * int(index.sizes[index.file[unknown]].sum())
+        return seconds * min(self.options.utterances or len(numbers), len(numbers)) / len(numbers)
 
     def held_out(self, speaker: int) -> list[Utterance]:
         """Return a speaker's held-out utterances."""
-        recordings = self.index.held_out[speaker_name(self.index.held_out_names, speaker, "held-out")]
-        return [Utterance(read(recording), recording.text) for recording in recordings]
+        return utterances(self.reserved.recordings(self.reserved.numbers(speaker, "held-out")))
 
 
-@dataclass(frozen=True)
-class SpokenDigitsCorpus:
-    """Connected digits, joined from recordings of single digits by the same speaker with pauses between them.
-
-    Guarantees:
-        Each held-out recording is heard exactly once, in utterances that the seed alone decides.
-        A round uses no recording of a speaker twice, and no held-out recording is ever trained on.
-        With `hold_out` a speaker's name, that speaker is not trained on.
-    """
-
-    options: SpokenDigitsOptions
-    index: Index
-    seed: int
-
-    @classmethod
-    def open(cls, options: SpokenDigitsOptions, folder: Path, seed: int) -> "SpokenDigitsCorpus":
-        """List `recordings/<digit>_<speaker>_<number>.wav` of a folder: the layout of the Free Spoken Digit Dataset.
-
-        Raises:
-            CorpusError: no such folder, no such recordings, or no speaker of the name to be held out.
-        """
-        recordings = expect_folder(expect_folder(folder) / "recordings")
-        train: dict[str, list[Recording]] = {}
-        held_out: dict[str, list[Recording]] = {}
-        speakers = set()
-        for path in sorted(recordings.glob("*.wav")):
-            match = _DIGIT_NAME.fullmatch(path.name)
-            if match is None:
-                raise CorpusError(f"{path} is not named <digit>_<speaker>_<number>.wav; rename it or move it out of the folder.")
-            digit, speaker, number = match.groups()
-            speakers.add(speaker)
-            reserved = int(number) in _PUBLISHED_TEST if options.hold_out == "recordings" else speaker == options.hold_out
-            (held_out if reserved else train).setdefault(speaker, []).append(find_recording(path, DIGITS[int(digit)]))
-        if not speakers:
-            raise CorpusError(f"{recordings} has no .wav files; is data_dir the folder that has the folder 'recordings' in it?")
-        if options.hold_out not in ("recordings", *speakers):
-            known = ", ".join(sorted(speakers))
-            raise CorpusError(f"hold_out is {options.hold_out!r}, but {folder} has no such speaker; choose 'recordings' or one of {known}.")
-        return cls(options, Index(folder, train, held_out), seed)
-
-    @cached_property
-    def recipe(self) -> str:
-        """A digest of the recordings, the options and the seed."""
-        return self.index.digest("spoken digits", self.options.model_dump_json(), self.seed)
-
-    @property
-    def cacheable(self) -> bool:
-        """False: the digits are joined anew each round."""
-        return False
-
-    @property
-    def train_speakers(self) -> int:
-        """How many speakers are trained on."""
-        return len(self.index.train_names)
-
-    @property
-    def held_out_speakers(self) -> int:
-        """How many speakers have held-out recordings."""
-        return len(self.index.held_out_names)
-
-    def check(self) -> None:
-        """Read the header of every recording.
-
-        Raises:
-            CorpusError: a recording is unreadable or empty; the message names the first such file.
-        """
-        self.index.check()
-
-    def train(self, speaker: int, rng: np.random.Generator) -> list[Utterance]:
-        """Return utterances of a speaker's training recordings, joined by `rng`."""
-        recordings = self.index.train[speaker_name(self.index.train_names, speaker, "training")]
-        return self._join(recordings, rng, self.options.utterances)
-
-    def train_seconds(self, speaker: int) -> float:
-        """Return about how long `train` is, from the files' sizes and one header."""
-        recordings = self.index.train[speaker_name(self.index.train_names, speaker, "training")]
-        mean = seconds_a_byte(recordings[0]) * sum(recording.size for recording in recordings) / len(recordings)
-        length = sum(self.options.digits) / 2
-        digits = min(self.options.utterances * length, len(recordings))
-        return digits * mean + digits * (1 - 1 / length) * sum(self.options.pause) / 2
-
-    def held_out(self, speaker: int) -> list[Utterance]:
-        """Return utterances of all held-out recordings of a speaker, joined by the seed and the speaker's name."""
-        name = speaker_name(self.index.held_out_names, speaker, "held-out")
-        key = hashlib.blake2b(f"spoken digits/{self.seed}/{name}".encode(), digest_size=16).digest()
-        rng = np.random.Generator(np.random.Philox(key=int.from_bytes(key, "big")))
-        recordings = self.index.held_out[name]
-        return self._join(recordings, rng, len(recordings))
-
-    def _join(self, recordings: Sequence[Recording], rng: np.random.Generator, limit: int) -> list[Utterance]:
-        """Join recordings in random order to at most `limit` utterances; the last one may be shorter than the options say."""
-        order = [recordings[i] for i in rng.permutation(len(recordings))]
-        utterances: list[Utterance] = []
-        while order and len(utterances) < limit:
-            count = int(rng.integers(*self.options.digits, endpoint=True))
-            chosen, order = order[:count], order[count:]
-            pieces = [read(chosen[0])]
-            for recording in chosen[1:]:
-                pieces += [np.zeros(round(float(rng.uniform(*self.options.pause)) * SAMPLE_RATE), np.float32), read(recording)]
-            utterances.append(Utterance(np.concatenate(pieces), " ".join(recording.text for recording in chosen)))
-        return utterances
+def _chosen_sets(options: ListedOptions, place: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the sets that are trained on, and those that are held out: none where speakers are."""
+    there = LAYOUTS[options.kind].sets(place, options)
+    if isinstance(options, ManifestOptions):
+        return ("train",), ("test",)
+    for key, names in (("subsets", options.subsets), ("held_out", options.held_out)):
+        unknown = [name for name in names if name not in there]
+        if unknown:
+            raise CorpusError(f"{key}: {', '.join(unknown)}: not in {place}; there are: {', '.join(there)}.")
+    train = options.subsets or tuple(name for name in there if name.startswith("train") and name not in options.held_out)
+    if not train:
+        raise CorpusError(f"{place} has no training set; choose subsets from what is there: {', '.join(there)}.")
+    rest = [name for name in there if name not in train]
+    development, test = (tuple(name for name in rest if name.startswith(start)) for start in (("dev", "validation"), "test"))
+    return train, options.held_out or development or test
 
 
-def _manifest_rows(folder: Path) -> Iterable[tuple[str, dict[str, str]]]:
-    """Yield each line of the manifest with where it stands, its speaker, path and text known not to be empty."""
-    names = [name for name in ("manifest.csv", "manifest.tsv") if (expect_folder(folder) / name).is_file()]
-    if len(names) != 1:
-        raise CorpusError(f"Expected either manifest.csv or manifest.tsv in {folder}, found {' and '.join(names) or 'neither'}; keep one.")
-    path = folder / names[0]
-    tabs = names[0].endswith(".tsv")
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            # Quotation marks mean nothing in a tab-separated file: texts have them as they are.
-            reader = csv.DictReader(file, delimiter="\t" if tabs else ",", quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL)
-            missing = [name for name in ("speaker", "path", "text") if name not in (reader.fieldnames or ())]
-            if missing:
-                found = ", ".join(reader.fieldnames or ()) or "nothing"
-                raise CorpusError(f"The first line of {path} lacks the columns {', '.join(missing)} (it has: {found}); name them there.")
-            for row in reader:
-                where = f"{path}, line {reader.line_num}"
-                if None in row or any(value is None for value in row.values()):
-                    raise CorpusError(f"{where}: too many or too few values; quote a text that has the separator in it.")
-                yield where, {name: value.strip() for name, value in row.items()}
-    except UnicodeDecodeError as error:
-        raise CorpusError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8.") from error
+def _dealt(
+    options: ListedOptions, index: Index, train: tuple[str, ...], held_out: tuple[str, ...]
+) -> tuple[Shelf, Shelf, dict[str, tuple[int, str]]]:
+    """Return who is trained on and who is held out, and what is left out so that no speaker is both."""
+    trained, skipped = index.of_sets(train), dict[str, tuple[int, str]]()
+    if held_out:
+        reserved = index.of_sets(held_out)
+    else:
+        reserved = trained & _speakers_below(index, "", options.held_out_fraction)
+        trained &= ~reserved
+    if not isinstance(options, ManifestOptions):
+        held = np.zeros(len(index.speakers), bool)
+        held[index.speaker[reserved]] = True
+        shared = trained & held[index.speaker]
+        if shared.any():
+            skipped["the speaker is held out"] = (int(shared.sum()), index.speakers[int(index.speaker[shared][0])])
+            trained &= ~shared
+    if options.speakers != "all":
+        trained &= _speakers_below(index, "seed/", options.seed_fraction) == (options.speakers == "seed")
+    return Shelf(index, np.flatnonzero(trained).astype(np.int32)), Shelf(index, np.flatnonzero(reserved).astype(np.int32)), skipped
 
 
-def _listed(where: str, folder: Path, row: Mapping[str, str]) -> Recording:
-    for name in ("speaker", "path", "text"):
-        if not row[name]:
-            raise CorpusError(f"{where}: the {name} is empty; fill it in or leave the line out.")
-    try:
-        return find_recording(folder / row["path"], normalise(row["text"]))
-    except CorpusError as error:
-        raise CorpusError(f"{where}: {error}") from error
+def _speakers_below(index: Index, salt: str, share: float) -> np.ndarray:
+    """Return which utterances are of the share of the speakers that a hash of their names gives, bool, shape (utterances,)."""
+    chosen = np.array([fraction(salt + index.speakers[n]) < share for n in range(len(index.speakers))], bool)
+    below: np.ndarray = chosen[index.speaker]
+    return below
 
 
-def _fraction(name: str) -> float:
-    """Return a number in [0, 1) that depends on the name alone."""
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") / 2**64
+def _causes(skipped: Mapping[str, tuple[int, str]]) -> str:
+    causes = ", ".join(f"{cause}: {count:,}, such as {first}" for cause, (count, first) in skipped.items())
+    return f" (left out: {causes})" if causes else ""

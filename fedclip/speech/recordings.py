@@ -1,95 +1,103 @@
-"""Recordings on disk: an index of who says what in which file, and reading one. Which are held out is decided elsewhere."""
+"""Recordings on disk: reading one, or part of one, and all that a user has."""
 
-import hashlib
-import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Final
 
 import numpy as np
 import soundfile
 
 from fedclip.speech.acoustics import resample
-from fedclip.speech.corpus import SAMPLE_RATE
+from fedclip.speech.corpus import SAMPLE_RATE, Utterance
 from fedclip.speech.errors import CorpusError
 
-_FORMAT = 1  # to be raised when the same files give other samples, which makes another recipe
+FORMAT: Final = 2
+"""To be raised when the same files give other samples, which makes another recipe."""
+
+_THREADS: Final = 4
+"""Files that are read at a time: the library that decodes them lets other threads run."""
+
+_RATES: Final = (4000, 384_000)
+"""Samples a second that speech can have; a header that says something else is damaged."""
+
+_WHOLE: Final = 0.9
+"""The part of the samples of its header that a file must give: compressed files may miss a few at their end."""
+
+_BYTES_A_SECOND: Final = {".flac": 16_000, ".mp3": 6_000, ".ogg": 6_000}
+
+_LONGEST: Final = 4 * 3600.0
+"""Seconds that are read at once at most; a header that says more is damaged, or nothing to train on."""
+
+_SLACK: Final = 0.5
+"""Seconds by which a segment may end after its file does."""
 
 
 @dataclass(frozen=True)
 class Recording:
-    """A recording of the index: its file, what is said, and the file's size and time of change, which tell its version."""
+    """A recording, or a part of one: its file with its size in bytes, what is said, and where in the file, in seconds.
+
+    `end` None: at its end; `seconds` None: how long it lasts is not known without its header.
+    """
 
     path: Path
     text: str
     size: int
-    changed: int
+    start: float = 0.0
+    end: float | None = None
+    seconds: float | None = None
+    language: str = ""
 
 
-@dataclass(frozen=True)
-class Index:
-    """The recordings of a folder: those of training speakers, and those of held-out units, each sorted by name."""
+def utterances(recordings: Sequence[Recording]) -> list[Utterance]:
+    """Return what is heard in recordings, in their order, read on a few threads; an unreadable one has a fault and no samples."""
+    if len(recordings) < 2:
+        return [_utterance(recording) for recording in recordings]
+    with ThreadPoolExecutor(min(_THREADS, len(recordings))) as threads:
+        return list(threads.map(_utterance, recordings))
 
-    folder: Path
-    train: Mapping[str, Sequence[Recording]]
-    held_out: Mapping[str, Sequence[Recording]]
-    train_names: tuple[str, ...] = field(init=False)
-    held_out_names: tuple[str, ...] = field(init=False)
 
-    def __post_init__(self) -> None:
-        """Number the speakers and refuse an index that nothing can be trained or evaluated on."""
-        object.__setattr__(self, "train", _sorted(self.train))
-        object.__setattr__(self, "held_out", _sorted(self.held_out))
-        object.__setattr__(self, "train_names", tuple(sorted(self.train)))
-        object.__setattr__(self, "held_out_names", tuple(sorted(self.held_out)))
-        for kind, names in (("training", self.train_names), ("held-out", self.held_out_names)):
-            if not names:
-                raise CorpusError(f"{self.folder} is left without {kind} recordings; add recordings or choose another hold_out.")
-
-    def first(self, count: int) -> Self:
-        """Return the index with only the first `count` training speakers; who is held out stays."""
-        return replace(self, train={name: self.train[name] for name in self.train_names[:count]})
-
-    def digest(self, *parts: object) -> str:
-        """Return a digest of all recordings as they are now, of how they are split, and of `parts`."""
-        state = hashlib.blake2b(repr((_FORMAT, *parts)).encode(), digest_size=16)
-        for split, speakers in (("train", self.train), ("held out", self.held_out)):
-            for name in sorted(speakers):
-                for recording in speakers[name]:
-                    path = os.path.relpath(recording.path, self.folder)
-                    state.update(repr((split, name, path, recording.text, recording.size, recording.changed)).encode())
-        return state.hexdigest()
-
-    def check(self) -> None:
-        """Open every recording and read its header.
-
-        Raises:
-            CorpusError: a recording is unreadable or empty; the message names the first such file.
-        """
-        for speakers in (self.train, self.held_out):
-            for name in sorted(speakers):
-                for recording in speakers[name]:
-                    seconds_a_byte(recording)
+def _utterance(recording: Recording) -> Utterance:
+    try:
+        return Utterance(read(recording), recording.text, recording.language)
+    except CorpusError as error:
+        return Utterance(np.zeros(0, np.float32), recording.text, recording.language, str(error))
 
 
 def read(recording: Recording) -> np.ndarray:
     """Return the samples of a recording, float32 in [-1, 1], its channels averaged, at `SAMPLE_RATE`, shape (time,).
 
     Raises:
-        CorpusError: the file is unreadable or empty.
+        CorpusError: the file is unreadable, cut short or empty.
     """
     try:
-        channels, rate = soundfile.read(recording.path, dtype="float32", always_2d=True)
-    except (soundfile.SoundFileError, OSError) as error:
+        with soundfile.SoundFile(recording.path) as file:
+            rate, frames = file.samplerate, file.frames
+            if not _RATES[0] <= rate <= _RATES[1]:
+                raise _unreadable(recording, f"its header says {rate} samples a second")
+            first, last = round(recording.start * rate), frames if recording.end is None else round(recording.end * rate)
+            if last > frames + _SLACK * rate:
+                raise _unreadable(recording, f"it ends after {frames / rate:.1f} s, before the segment to {recording.end:.1f} s")
+            if last - first > _LONGEST * rate:
+                raise _unreadable(recording, f"its header says that it lasts {(last - first) / rate / 3600:.0f} hours")
+            if first:
+                file.seek(min(first, frames))
+            channels = file.read(last - first, dtype="float32", always_2d=True)
+        missing = _missing_bytes(recording)
+    except (soundfile.SoundFileError, OSError, TypeError) as error:
         raise _unreadable(recording, error) from error
+    if missing:
+        raise _unreadable(recording, f"its last {missing:,} bytes are missing: a copy or download stopped early")
+    if len(channels) < _WHOLE * (min(last, frames) - first):
+        raise _unreadable(recording, f"only {len(channels):,} of {last - first:,} samples can be read: a copy or download stopped early")
     audio = np.ascontiguousarray(channels.mean(axis=1), np.float32)
-    if not len(audio):
-        raise _unreadable(recording, "it has no samples")
     if not np.isfinite(audio).all():
         raise _unreadable(recording, "it has infinite samples or samples that are no numbers")
     if rate != SAMPLE_RATE:
         audio = resample(audio, SAMPLE_RATE / rate)
+    if not len(audio):
+        raise _unreadable(recording, "it has no samples")
     return np.clip(audio, -1.0, 1.0)
 
 
@@ -102,7 +110,7 @@ def seconds_a_byte(recording: Recording) -> float:
     try:
         header = soundfile.info(recording.path)
         missing = _missing_bytes(recording)
-    except (soundfile.SoundFileError, OSError) as error:
+    except (soundfile.SoundFileError, OSError, TypeError) as error:
         raise _unreadable(recording, error) from error
     if header.frames <= 0 or header.samplerate <= 0:
         raise _unreadable(recording, "it has no samples")
@@ -111,19 +119,19 @@ def seconds_a_byte(recording: Recording) -> float:
     return float(header.frames / header.samplerate / recording.size)
 
 
-def find_recording(path: Path, text: str) -> Recording:
-    """Return the entry of a file for an index, without opening it.
+def check(recordings: Iterable[Recording]) -> None:
+    """Open every recording and read its header.
 
     Raises:
-        CorpusError: there is no such file, or it has no bytes.
+        CorpusError: a recording is unreadable or empty; the message names the first such file.
     """
-    try:
-        status = path.stat()
-    except OSError as error:
-        raise CorpusError(f"{path} cannot be found or read ({error.strerror}); put it there or correct its name.") from error
-    if not path.is_file() or not status.st_size:
-        raise CorpusError(f"{path} is {'an empty file' if path.is_file() else 'no file'}; replace it with a recording or leave it out.")
-    return Recording(path, text, status.st_size, status.st_mtime_ns)
+    for recording in recordings:
+        seconds_a_byte(recording)
+
+
+def nominal_seconds_a_byte(path: Path) -> float:
+    """Return about how long a byte of a kind of file lasts, by its name: for files that cannot be opened."""
+    return 1 / _BYTES_A_SECOND.get(path.suffix.lower(), 32_000)
 
 
 def expect_folder(path: Path) -> Path:
@@ -137,19 +145,8 @@ def expect_folder(path: Path) -> Path:
     return path
 
 
-def speaker_name(names: Sequence[str], speaker: int, kind: str) -> str:
-    """Return the name of speaker number `speaker`.
-
-    Raises:
-        IndexError: there is no such number.
-    """
-    if not 0 <= speaker < len(names):
-        raise IndexError(f"Expected a {kind} speaker from 0 to {len(names) - 1}, got {speaker}.")
-    return names[speaker]
-
-
 def _unreadable(recording: Recording, cause: object) -> CorpusError:
-    return CorpusError(f"{recording.path} is no readable recording ({cause}); replace it with an intact WAV or FLAC file or leave it out.")
+    return CorpusError(f"{recording.path} is no readable recording ({cause}); replace it with an intact file or leave it out.")
 
 
 def _missing_bytes(recording: Recording) -> int:
@@ -160,7 +157,3 @@ def _missing_bytes(recording: Recording) -> int:
     # Programs that write to a pipe cannot know the length and declare the largest one.
     unknown = declared >= 2**31 - 1
     return 0 if start[:4] != b"RIFF" or unknown else max(0, declared - recording.size)
-
-
-def _sorted(speakers: Mapping[str, Sequence[Recording]]) -> dict[str, tuple[Recording, ...]]:
-    return {name: tuple(sorted(speakers[name], key=lambda recording: recording.path)) for name in sorted(speakers)}

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Self, overload
+from typing import TYPE_CHECKING, Final, Self, overload
 
 import numpy as np
 import torch
@@ -18,6 +18,9 @@ from fedclip.asr.options import AsrOptions
 from fedclip.asr.text import SYMBOLS, encode, frames_needed, greedy, normalise
 from fedclip.speech.build import build_corpus
 from fedclip.speech.corpus import SAMPLE_RATE, Corpus, Utterance
+
+if TYPE_CHECKING:
+    from fedclip.speech.index_file import Watch
 
 EVALUATION_BATCH: Final = 16
 """Utterances a batch in evaluation. It alters no result: padding doesn't reach an utterance."""
@@ -45,10 +48,12 @@ class LeftOut:
     """Nothing said, or characters that have no symbol (digits, other alphabets)."""
     too_short: int = 0
     """Fewer output frames than its text needs."""
+    unreadable: int = 0
+    """Damaged recordings."""
 
     def __int__(self) -> int:
         """Return how many they are in all."""
-        return self.over_long + self.untranscribable + self.too_short
+        return self.over_long + self.untranscribable + self.too_short + self.unreadable
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +62,8 @@ class Examples(Sequence[Example]):
 
     items: tuple[Example, ...]
     left_out: LeftOut
+    faults: tuple[str, ...] = ()
+    """What is wrong with damaged recordings, a line each."""
 
     def __len__(self) -> int:
         """Return how many examples there are."""
@@ -121,6 +128,16 @@ class AsrTask:
         """Return how many held-out speakers there are."""
         return self._corpus.held_out_speakers
 
+    @property
+    def index(self) -> str:
+        """Return the digest of the corpus's index, empty where it has none: workers find it by that."""
+        return getattr(self._corpus, "content", "")
+
+    @property
+    def skipped(self) -> dict[str, tuple[int, str]]:
+        """Return how many utterances the corpus has no use for, by cause, each with the first of them."""
+        return getattr(self._corpus, "skipped", {})
+
     def make_model(self) -> nn.Module:
         """Return a new model with the initial weights that the seed fixes."""
         if self._make_model is not None:
@@ -133,7 +150,8 @@ class AsrTask:
     def load_user(self, user: int, rng: np.random.Generator) -> Examples:
         """Return what of a speaker can be trained on, and the count of what can't."""
         usable, over_long, untranscribable, too_short = [], 0, 0, 0
-        for example in self._examples("train", user, lambda: self._corpus.train(user, rng), keep=self._corpus.cacheable):
+        examples, faults = self._examples("train", user, lambda: self._corpus.train(user, rng), keep=self._corpus.cacheable)
+        for example in examples:
             if len(example.features) == 0:
                 over_long += 1
             elif not example.target:
@@ -142,7 +160,7 @@ class AsrTask:
                 too_short += 1
             else:
                 usable.append(example)
-        return Examples(tuple(usable), LeftOut(over_long, untranscribable, too_short))
+        return Examples(tuple(usable), LeftOut(over_long, untranscribable, too_short, len(faults)), faults)
 
     def cost(self, user: int) -> float:
         """Return the seconds of audio of a speaker."""
@@ -171,9 +189,9 @@ class AsrTask:
     def evaluate(self, model: nn.Module, unit: int) -> dict[str, float]:
         """Return the error counts of a held-out speaker by greedy decoding, the sum of its losses, and what they are over.
 
-        What no model could spell still counts as errors; only over-long audio is left out, and counted.
+        What no model could spell still counts as errors; only over-long and unreadable audio is left out, and counted.
         """
-        examples = self._examples("held_out", unit, lambda: self._corpus.held_out(unit), keep=True)
+        examples, faults = self._examples("held_out", unit, lambda: self._corpus.held_out(unit), keep=True)
         heard = sorted((e for e in examples if len(e.features) > 0), key=lambda e: len(e.features))
         hypotheses: list[str] = []
         loss_sum = 0.0
@@ -185,7 +203,7 @@ class AsrTask:
             "loss_sum": loss_sum,
             "loss_utterances": float(sum(self._alignable(e) for e in heard)),
             "utterances": float(len(heard)),
-            "left_out": float(len(examples) - len(heard)),
+            "left_out": float(len(examples) - len(heard) + len(faults)),
         }
 
     def summarise(self, counts: Sequence[Mapping[str, float]], seed: int) -> dict[str, float]:
@@ -200,15 +218,22 @@ class AsrTask:
             summary |= {name: error_rate(counts, unit), f"{name}_low": low, f"{name}_high": high}
         return summary | {f"eval_{key}": totals[key] for key in ("utterances", "words", "left_out")}
 
-    def _examples(self, split: str, speaker: int, read: Callable[[], list[Utterance]], *, keep: bool) -> list[Example]:
-        """Return all utterances of a speaker; over-long ones have no frames, those that can't be spelt no target."""
+    def _examples(
+        self, split: str, speaker: int, read: Callable[[], list[Utterance]], *, keep: bool
+    ) -> tuple[list[Example], tuple[str, ...]]:
+        """Return all utterances of a speaker that can be read, and what is wrong with the others.
+
+        Over-long ones have no frames, those that can't be spelt no target. A speaker with a fault is not kept: it may be mended.
+        """
         key = json.dumps(["log-mel", self._corpus.recipe, self._options.features.model_dump(), self._options.max_seconds, split, speaker])
-        recordings = self._cache.get(key) if keep else None
+        recordings, faults = self._cache.get(key) if keep else None, tuple[str, ...]()
         if recordings is None:
-            recordings = tuple(self._record(utterance) for utterance in read())
-            if keep:
+            utterances = read()
+            faults = tuple(utterance.fault for utterance in utterances if utterance.fault)
+            recordings = tuple(self._record(utterance) for utterance in utterances if not utterance.fault)
+            if keep and not faults:
                 self._cache.put(key, recordings)
-        return [_example(recording) for recording in recordings]
+        return [_example(recording) for recording in recordings], faults
 
     def _record(self, utterance: Utterance) -> Recording:
         if len(utterance.audio) > self._options.max_seconds * SAMPLE_RATE:
@@ -240,9 +265,17 @@ def collate(examples: Sequence[Example]) -> Batch:
     return Batch(features, lengths, targets, torch.tensor([len(e.target) for e in examples]))
 
 
-def build_asr(options: AsrOptions, *, population: int | None, data_dir: Path | None, seed: int) -> AsrTask:
-    """Return the task that a configuration describes: its corpus of so many speakers, its model with this seed."""
-    return AsrTask(options, build_corpus(options.corpus, population=population, data_dir=data_dir, seed=seed), seed)
+def build_asr(
+    options: AsrOptions, *, population: int | None, data_dir: Path | None, seed: int, index: str = "", watch: "Watch | None" = None
+) -> AsrTask:
+    """Return the task that a configuration describes: its corpus of so many speakers, its model with this seed.
+
+    `index` and `watch`: see `fedclip.speech.build.build_corpus`.
+    """
+    corpus = build_corpus(
+        options.corpus, population=population, data_dir=data_dir, seed=seed, cache_dir=options.cache_dir, index=index, watch=watch
+    )
+    return AsrTask(options, corpus, seed)
 
 
 def _example(recording: Recording) -> Example:

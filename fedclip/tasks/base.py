@@ -33,7 +33,8 @@ class Task(Protocol):
     def load_user(self, user: int, rng: np.random.Generator) -> Sequence[Any]:
         """Return the training examples of a user. `rng` is this user's stream of this round.
 
-        An attribute `left_out` of what is returned, where there is one, counts what could not be used.
+        An attribute `left_out` of what is returned, where there is one, counts what could not be used; `faults` says of what could
+        not be read where it is and why, a line each.
         """
 
     def cost(self, user: int) -> float:

@@ -4,7 +4,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedclip.asr.options import AsrOptions
 from fedclip.config import Experiment, TaskOptions
@@ -12,6 +12,9 @@ from fedclip.doors import load_door
 from fedclip.options import ConfigError, Options, validate
 from fedclip.tasks.base import Task
 from fedclip.tasks.vision_options import VisionOptions
+
+if TYPE_CHECKING:
+    from fedclip.speech.index_file import Watch
 
 
 class _Holder(Options):
@@ -27,12 +30,14 @@ class TaskRecipe:
         population: training users asked for; None: all that the data has.
         seed: seed of the data and of the initial weights.
         data_dir: folder of the data; None for a task that needs none.
+        index: digest of the index of the data that the run was prepared with; empty: none, or the files are to be looked at.
     """
 
     options: str
     population: int | None
     seed: int
     data_dir: str | None
+    index: str = ""
 
     @classmethod
     def of(cls, experiment: Experiment) -> "TaskRecipe":
@@ -55,8 +60,8 @@ class TaskRecipe:
         """Return the recipe that `to_json` wrote."""
         return cls(**json.loads(text))
 
-    def build(self) -> Task:
-        """Return the task.
+    def build(self, watch: "Watch | None" = None) -> Task:
+        """Return the task; `watch` is told how far the making of an index is.
 
         Raises:
             ConfigError: the options, the folder or what lies in it are refused, or the task's constructor raised.
@@ -68,7 +73,7 @@ class TaskRecipe:
         if isinstance(options, AsrOptions):
             from fedclip.tasks.asr import build_asr
 
-            return build_asr(options, population=self.population, data_dir=folder, seed=self.seed)
+            return build_asr(options, population=self.population, data_dir=folder, seed=self.seed, index=self.index, watch=watch)
         if isinstance(options, VisionOptions):
             from fedclip.tasks.vision import build_vision
 

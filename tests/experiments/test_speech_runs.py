@@ -62,7 +62,7 @@ def manifest(digits: Path, tmp_path: Path) -> Path:
 
 def test_quickstart_runs_on_a_folder_of_ones_own_without_the_synthesiser(manifest: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    overrides = [part for key in SMALL for part in ("--set", key)]
+    overrides = [part for key in (*SMALL, f'task.cache_dir="{tmp_path / "cache"}"') for part in ("--set", key)]
     status, output = run(
         "run", EXPERIMENTS / "quickstart.toml", "--data-dir", manifest, "--out", out, "--rounds", "2", *IN_PROCESS, *overrides
     )

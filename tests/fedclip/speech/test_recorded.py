@@ -2,6 +2,7 @@
 
 import csv
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +11,13 @@ import soundfile
 
 from fedclip.speech.build import build_corpus
 from fedclip.speech.corpus import SAMPLE_RATE, Corpus
+from fedclip.speech.digits import SpokenDigitsCorpus
 from fedclip.speech.errors import CorpusError
 from fedclip.speech.grammar import DIGITS
+from fedclip.speech.index import Shelf
 from fedclip.speech.options import ManifestOptions, SpokenDigitsOptions
-from fedclip.speech.recorded import ManifestCorpus, SpokenDigitsCorpus
-from fedclip.speech.recordings import find_recording, read
+from fedclip.speech.recorded import RecordedCorpus
+from fedclip.speech.recordings import Recording, read
 from tests.speech_folder import VOICES, spoken_digits, write_spoken_digits
 
 Rows = list[dict[str, str]]
@@ -49,8 +52,11 @@ def many_rows(speakers: int = 5, each: int = 10) -> Rows:
     ]
 
 
-def open_manifest(folder: Path, options: ManifestOptions | None = None, population: int | None = None) -> Corpus:
-    return build_corpus(options or ManifestOptions(), population=population, data_dir=folder, seed=1)
+def open_manifest(folder: Path, options: ManifestOptions | None = None, population: int | None = None) -> RecordedCorpus:
+    cache = folder.parent / f"{folder.name}-cache"
+    corpus = build_corpus(options or ManifestOptions(), population=population, data_dir=folder, seed=1, cache_dir=cache)
+    assert isinstance(corpus, RecordedCorpus)
+    return corpus
 
 
 def all_texts(corpus: Corpus, rng: np.random.Generator) -> tuple[list[str], list[str]]:
@@ -58,8 +64,12 @@ def all_texts(corpus: Corpus, rng: np.random.Generator) -> tuple[list[str], list
     return train, [u.text for s in range(corpus.held_out_speakers) for u in corpus.held_out(s)]
 
 
-def listed(index: object) -> set[Path]:
-    return {recording.path for recordings in index.values() for recording in recordings}  # type: ignore[attr-defined]
+def listed(shelf: Shelf) -> set[Path]:
+    return {recording.path for recording in shelf.recordings(shelf.chosen)}
+
+
+def recording(path: Path) -> Recording:
+    return Recording(path, "x", path.stat().st_size)
 
 
 # Reading files
@@ -70,7 +80,7 @@ def listed(index: object) -> set[Path]:
 )
 def test_any_rate_and_channels_become_16_khz_mono_float32(tmp_path: Path, rate: int, channels: int, name: str) -> None:
     soundfile.write(tmp_path / name, tone(0.5, rate, channels), rate)
-    audio = read(find_recording(tmp_path / name, "x"))
+    audio = read(recording(tmp_path / name))
     assert audio.dtype == np.float32
     assert audio.shape == (8000,)
     # Away from the ends, where the resampling filter sees the cut.
@@ -79,7 +89,7 @@ def test_any_rate_and_channels_become_16_khz_mono_float32(tmp_path: Path, rate: 
 
 def test_channels_are_averaged(tmp_path: Path) -> None:
     soundfile.write(tmp_path / "a.wav", np.stack([np.full(100, 0.5), np.full(100, -0.1)], axis=1), SAMPLE_RATE)
-    np.testing.assert_allclose(read(find_recording(tmp_path / "a.wav", "x")), 0.2, atol=1e-4)
+    np.testing.assert_allclose(read(recording(tmp_path / "a.wav")), 0.2, atol=1e-4)
 
 
 def no_audio(path: Path) -> None:
@@ -113,9 +123,9 @@ def a_folder(path: Path) -> None:
         (no_audio, "no readable recording"),
         (no_samples, "it has no samples"),
         (cut_short, "bytes are missing"),
-        (no_bytes, "is an empty file"),
-        (no_file, "cannot be found"),
-        (a_folder, "is no file"),
+        (no_bytes, "the file is empty"),
+        (no_file, "there is no such file"),
+        (a_folder, "there is no such file"),
     ],
 )
 def test_a_bad_file_is_named_when_the_corpus_is_built(tmp_path: Path, damage: object, cause: str) -> None:
@@ -130,14 +140,17 @@ def test_a_file_that_goes_bad_later_is_named_when_read(tmp_path: Path) -> None:
     corpus = open_manifest(folder)
     for path in (folder / "clips").iterdir():
         no_audio(path)
-    with pytest.raises(CorpusError, match=r"0-\d\.wav is no readable recording"):
-        corpus.train(0, np.random.default_rng(0))
+    utterances = corpus.train(0, np.random.default_rng(0))
+    assert utterances
+    for utterance in utterances:
+        assert re.search(r"0-\d\.wav is no readable recording", utterance.fault)
+        assert not len(utterance.audio)
 
 
 def test_samples_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
     soundfile.write(tmp_path / "a.wav", np.array([0.1, np.nan]), SAMPLE_RATE, subtype="FLOAT")
     with pytest.raises(CorpusError, match="no numbers"):
-        read(find_recording(tmp_path / "a.wav", "x"))
+        read(recording(tmp_path / "a.wav"))
 
 
 # Manifests
@@ -152,29 +165,29 @@ def test_a_manifest_with_a_split_is_read_as_it_says(tmp_path: Path, name: str) -
     ]
     corpus = open_manifest(write_manifest(tmp_path, rows, name))
     assert (corpus.train_speakers, corpus.held_out_speakers, corpus.cacheable) == (2, 1, True)
-    assert all_texts(corpus, np.random.default_rng(0)) == (["cafe naive", "well hello there"], ["don't go"])
+    assert all_texts(corpus, np.random.default_rng(0)) == (["Caf\u00e9 na\u00efve", "Well, hello there!"], ["DON\u2019T go"])
     assert corpus.train_seconds(0) == pytest.approx(0.3)
 
 
 def test_utterances_are_held_out_by_name_alone(tmp_path: Path) -> None:
     folder = write_manifest(tmp_path, many_rows(speakers=20, each=20))
-    corpus = ManifestCorpus.open(ManifestOptions(hold_out="utterances", held_out_fraction=0.2), folder)
-    train, held_out = listed(corpus.index.train), listed(corpus.index.held_out)
+    corpus = open_manifest(folder, ManifestOptions(hold_out="utterances", held_out_fraction=0.2))
+    train, held_out = listed(corpus.trained), listed(corpus.reserved)
     assert not train & held_out
     assert len(train | held_out) == 400
     # Five standard deviations of a binomial share.
     assert len(held_out) / 400 == pytest.approx(0.2, abs=5 * (0.16 / 400) ** 0.5)
     write_manifest(folder, many_rows(speakers=20, each=10), audio=False)
-    fewer = ManifestCorpus.open(corpus.options, folder)
-    assert listed(fewer.index.held_out) < held_out
+    fewer = open_manifest(folder, corpus.options)
+    assert listed(fewer.reserved) < held_out
 
 
 def test_whole_speakers_are_held_out(tmp_path: Path) -> None:
     folder = write_manifest(tmp_path, many_rows(speakers=30, each=2))
-    corpus = ManifestCorpus.open(ManifestOptions(hold_out="speakers", held_out_fraction=0.3), folder)
-    assert not set(corpus.index.train) & set(corpus.index.held_out)
-    assert len(corpus.index.train) + len(corpus.index.held_out) == 30
-    assert 0 < len(corpus.index.held_out) < 20
+    corpus = open_manifest(folder, ManifestOptions(hold_out="speakers", held_out_fraction=0.3))
+    assert not set(corpus.trained.names) & set(corpus.reserved.names)
+    assert len(corpus.trained) + len(corpus.reserved) == 30
+    assert 0 < len(corpus.reserved) < 20
 
 
 def test_a_limit_draws_other_utterances_each_round(tmp_path: Path) -> None:
@@ -252,7 +265,7 @@ def test_a_manifest_with_broken_lines_or_letters_is_explained(tmp_path: Path) ->
     with pytest.raises(CorpusError, match="lacks the columns speaker, path, text"):
         open_manifest(folder)
     manifest.unlink()
-    with pytest.raises(CorpusError, match="found neither"):
+    with pytest.raises(CorpusError, match=r"expected a manifest\.csv or manifest\.tsv"):
         open_manifest(folder)
 
 
@@ -290,7 +303,7 @@ def test_digits_are_joined_by_speaker_and_differ_from_round_to_round(digits: Pat
 
 def test_the_published_test_split_is_held_out_and_each_recording_heard_once(digits: Path) -> None:
     corpus = SpokenDigitsCorpus.open(SpokenDigitsOptions(), digits, seed=1)
-    train, held_out = listed(corpus.index.train), listed(corpus.index.held_out)
+    train, held_out = listed(corpus.trained), listed(corpus.reserved)
     assert not train & held_out
     assert {path.stem.split("_")[2] for path in held_out} == {"0", "1", "2", "3", "4"}
     assert not {path.stem.split("_")[2] for path in train} & {"0", "1", "2", "3", "4"}
@@ -306,12 +319,12 @@ def test_the_published_test_split_is_held_out_and_each_recording_heard_once(digi
 
 def test_a_whole_speaker_is_held_out(digits: Path) -> None:
     everyone = SpokenDigitsCorpus.open(SpokenDigitsOptions(), digits, seed=1)
-    name = everyone.index.train_names[3]
+    name = everyone.trained.names[3]
     corpus = SpokenDigitsCorpus.open(SpokenDigitsOptions(hold_out=name), digits, seed=1)
-    assert corpus.index.held_out_names == (name,)
+    assert corpus.reserved.names == (name,)
     assert (corpus.train_speakers, corpus.held_out_speakers) == (5, 1)
-    assert name not in corpus.index.train_names
-    assert {path.stem.split("_")[1] for path in listed(corpus.index.held_out)} == {name}
+    assert name not in corpus.trained.names
+    assert {path.stem.split("_")[1] for path in listed(corpus.reserved)} == {name}
     with pytest.raises(CorpusError, match=rf"no such speaker; choose 'recordings' or one of .*{name}"):
         SpokenDigitsCorpus.open(SpokenDigitsOptions(hold_out="nobody"), digits, seed=1)
 
