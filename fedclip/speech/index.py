@@ -1,7 +1,9 @@
 """The index of a corpus: who says what in which file, as a few arrays that a million utterances fit in and processes share."""
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from array import array
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +29,11 @@ class Strings:
     @classmethod
     def of(cls, texts: Iterable[str]) -> "Strings":
         """Pack texts; file names that are not UTF-8 keep their bytes."""
-        parts = [text.encode("utf-8", "surrogateescape") for text in texts]
+        return cls.packed([text.encode("utf-8", "surrogateescape") for text in texts])
+
+    @classmethod
+    def packed(cls, parts: Sequence[bytes | memoryview]) -> "Strings":
+        """Pack texts that are encoded already."""
         starts = np.concatenate([[0], np.cumsum([len(part) for part in parts], dtype=np.int64)])
         return cls(np.frombuffer(b"".join(parts), np.uint8), starts.astype(np.int64))
 
@@ -169,22 +175,18 @@ def build_index(
     Raises:
         CorpusError: a recording is listed twice; with `strict` also one that is missing or has no bytes. The message has file and line.
     """
-    skipped: Skips = {}
-    entries: list[Entry] = []
+    columns, skipped = _Columns(sizes), Skips()
     for item in listed:
         fault = _fault(item, sizes)
         if fault is None:
-            entries.append(item)  # type: ignore[arg-type]  # a Skip is its own fault
+            columns.add(item)  # type: ignore[arg-type]  # a Skip is its own fault
         elif strict and isinstance(item, Entry):
             raise CorpusError(f"{at(item.where)}: {folder / item.path}: {fault.cause}; put a recording there, or leave the line out.")
         else:
             count, first = skipped.get(fault.cause, (0, fault.example))
             skipped[fault.cause] = (count + 1, first)
-    # As paths compare: part by part.
-    entries.sort(key=lambda e: (e.path.split("/"), e.start))
-    _expect_single(entries, frozenset() if strict else frozenset(held_out))
-    entries.sort(key=lambda e: e.speaker)
-    return _packed(folder, entries, sizes, skipped, stamp)
+    columns.expect_single(frozenset() if strict else frozenset(held_out))
+    return columns.index(folder, skipped, stamp)
 
 
 def _fault(item: Entry | Skip, sizes: Mapping[str, int]) -> Skip | None:
@@ -201,38 +203,79 @@ def _fault(item: Entry | Skip, sizes: Mapping[str, int]) -> Skip | None:
     return None
 
 
-def _expect_single(entries: Sequence[Entry], held_out: frozenset[str]) -> None:
-    before: dict[bool, Entry] = {}
-    for entry in entries:
-        role = entry.split in held_out
-        other = before.get(role)
-        if other is not None and (other.path, other.start) == (entry.path, entry.start):
-            first, second = sorted((other.where, entry.where))
-            raise CorpusError(f"{at(second)}: {entry.path} is already listed at {at(first)}; leave one of the two out.")
-        before[role] = entry
+class _Columns:
+    """Entries as they come, in columns: a million of them as objects would take gigabytes."""
+
+    def __init__(self, sizes: Mapping[str, int]) -> None:
+        self._sizes = sizes
+        self._paths, self._speakers, self._sets, self._languages = (dict[str, int]() for _ in range(4))
+        self._listings = dict[Path, int]()
+        self._texts, self._text_ends = bytearray(), array("q", [0])
+        self._file, self._speaker, self._set, self._language, self._listing, self._line = (array("i") for _ in range(6))
+        self._start, self._end, self._seconds = (array("d") for _ in range(3))
+
+    def add(self, entry: Entry) -> None:
+        """Take an entry in."""
+        self._file.append(self._paths.setdefault(entry.path, len(self._paths)))
+        self._speaker.append(self._speakers.setdefault(entry.speaker, len(self._speakers)))
+        self._set.append(self._sets.setdefault(entry.split, len(self._sets)))
+        self._language.append(self._languages.setdefault(entry.language, len(self._languages)))
+        self._listing.append(self._listings.setdefault(entry.where[0], len(self._listings)))
+        self._line.append(entry.where[1])
+        self._start.append(entry.start)
+        self._end.append(math.nan if entry.end is None else entry.end)
+        self._seconds.append(math.nan if entry.seconds is None else entry.seconds)
+        self._texts += entry.text.encode()
+        self._text_ends.append(len(self._texts))
+
+    def expect_single(self, held_out: frozenset[str]) -> None:
+        """Refuse an utterance that is listed twice among those held out, or twice among the others."""
+        role = np.array([name in held_out for name in self._sets], bool)[np.array(self._set, np.int32)]
+        file, start = np.array(self._file, np.int32), np.array(self._start)
+        order = np.lexsort((start, file, role))
+        same = [column[order][1:] == column[order][:-1] for column in (start, file, role)]
+        twice = np.flatnonzero(same[0] & same[1] & same[2])
+        if len(twice):
+            first, second = sorted(self._where(int(n)) for n in order[twice[0] : twice[0] + 2])
+            path = list(self._paths)[file[order[twice[0]]]]
+            raise CorpusError(f"{at(second)}: {path} is already listed at {at(first)}; leave one of the two out.")
+
+    def index(self, folder: Path, skipped: Skips, stamp: str) -> Index:
+        """Return the index of all entries."""
+        speakers, speaker = _ranked(self._speakers, self._speaker, str)
+        # As paths compare, part by part: no character is less than what stands for the slash.
+        paths, file = _ranked(self._paths, self._file, lambda path: path.replace("/", "\0"))
+        sets, in_set = _ranked(self._sets, self._set, str)
+        languages, language = _ranked(self._languages, self._language, str)
+        start = np.array(self._start, np.float64)
+        order = np.lexsort((start, file, speaker))
+        texts, ends = memoryview(self._texts), self._text_ends
+        return Index(
+            folder,
+            paths=Strings.of(paths),
+            texts=Strings.packed([texts[ends[n] : ends[n + 1]] for n in order]),
+            speakers=Strings.of(speakers),
+            sets=Strings.of(sets),
+            languages=Strings.of(languages),
+            sizes=np.array([self._sizes[path] for path in paths], np.int64),
+            file=file[order],
+            speaker=speaker[order],
+            set=in_set[order].astype(np.int16),
+            language=language[order].astype(np.int16),
+            start=start[order],
+            end=np.array(self._end, np.float64)[order],
+            seconds=np.array(self._seconds, np.float64)[order],
+            skipped=skipped,
+            stamp=stamp,
+        )
+
+    def _where(self, number: int) -> tuple[Path, int]:
+        return list(self._listings)[self._listing[number]], self._line[number]
 
 
-def _packed(folder: Path, entries: Sequence[Entry], sizes: Mapping[str, int], skipped: Skips, stamp: str) -> Index:
-    paths = {path: n for n, path in enumerate(dict.fromkeys(e.path for e in entries))}
-    names: dict[str, dict[str, int]] = {
-        key: {name: n for n, name in enumerate(sorted({getattr(e, key) for e in entries}))} for key in ("speaker", "split", "language")
-    }
-    nan = float("nan")
-    return Index(
-        folder,
-        paths=Strings.of(paths),
-        texts=Strings.of(e.text for e in entries),
-        speakers=Strings.of(names["speaker"]),
-        sets=Strings.of(names["split"]),
-        languages=Strings.of(names["language"]),
-        sizes=np.array([sizes[path] for path in paths], np.int64),
-        file=np.array([paths[e.path] for e in entries], np.int32),
-        speaker=np.array([names["speaker"][e.speaker] for e in entries], np.int32),
-        set=np.array([names["split"][e.split] for e in entries], np.int16),
-        language=np.array([names["language"][e.language] for e in entries], np.int16),
-        start=np.array([e.start for e in entries], np.float64),
-        end=np.array([nan if e.end is None else e.end for e in entries], np.float64),
-        seconds=np.array([nan if e.seconds is None else e.seconds for e in entries], np.float64),
-        skipped=skipped,
-        stamp=stamp,
-    )
+def _ranked(names: Mapping[str, int], numbers: "array[int]", key: Callable[[str], str]) -> tuple[list[str], np.ndarray]:
+    """Return names in the order of a key, and numbers of names as they came as numbers of names in that order, int32."""
+    ordered = sorted(names, key=key)
+    ranks = np.empty(len(names), np.int32)
+    ranks[[names[name] for name in ordered]] = np.arange(len(names), dtype=np.int32)
+    return ordered, ranks[np.array(numbers, np.int32)]

@@ -63,10 +63,15 @@ def open_index(
         return kept
     with _locked(cache / f"{name}.lock"):
         sets = (*train, *held_out)
-        stamp = stamp_of(watched(walk(folder, layout.depends(folder, options, sets)), watch, "looking at files"))
-        index = next((i for path in _kept(cache, name) if (i := load_index(path, folder, stamp)) is not None), None)
+        kept_before = _kept(cache, name)
+        found: Iterable[File] = watched(walk(folder, layout.depends(folder, options, sets)), watch, "looking at files")
+        # Kept for a new index only, which is likely where there is none.
+        files = found if kept_before else list(found)
+        stamp = stamp_of(files)
+        index = next((i for path in kept_before if (i := load_index(path, folder, stamp)) is not None), None)
         if index is None:
-            sizes = {path: size for path, size, _ in walk(folder, layout.depends(folder, options, sets))}
+            again = walk(folder, layout.depends(folder, options, sets)) if kept_before else files
+            sizes = {path: size for path, size, _ in again}
             listed: Iterable[Entry | Skip] = watched(layout.entries(folder, options, sets, sizes), watch, "indexing utterances")
             index = build_index(folder, listed, sizes, held_out=held_out, strict=layout.strict, stamp=stamp)
             index = replace(index, content=_digest(index))
@@ -91,23 +96,37 @@ def walk(folder: Path, places: Iterable[Path]) -> Iterator[File]:
 
 
 def _walk(place: Path, prefix: str) -> Iterator[File]:
+    """Yield the files in a folder: of a million in one folder only what is needed is kept to sort them."""
+    inside: list[tuple[str, int, int]] = []
     with os.scandir(place) as found:
-        inside = sorted((entry for entry in found if not entry.name.startswith(".")), key=lambda entry: entry.name)
-    for entry in inside:
-        if entry.is_dir():
-            yield from _walk(Path(entry.path), f"{prefix}{entry.name}/")
-        else:
-            # A link that leads nowhere is no file.
-            with suppress(FileNotFoundError):
+        for entry in found:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                inside.append((entry.name, -1, 0))
+                continue
+            try:
                 status = entry.stat()
-                yield prefix + entry.name, status.st_size, status.st_mtime_ns
+            except FileNotFoundError:  # a link that leads nowhere is no file
+                continue
+            inside.append((entry.name, status.st_size, status.st_mtime_ns))
+    inside.sort()
+    for name, size, changed in inside:
+        if size < 0:
+            yield from _walk(place / name, f"{prefix}{name}/")
+        else:
+            yield prefix + name, size, changed
 
 
 def stamp_of(files: Iterable[File]) -> str:
     """Return a digest of names, sizes and times of change."""
-    state = hashlib.blake2b(digest_size=16)
-    for file in files:
-        state.update(repr(file).encode("utf-8", "surrogateescape"))
+    state, some = hashlib.blake2b(digest_size=16), list[str]()
+    for path, size, changed in files:
+        some.append(f"{path}\0{size}\0{changed}\n")
+        if len(some) == _EVERY:
+            state.update("".join(some).encode("utf-8", "surrogateescape"))
+            some.clear()
+    state.update("".join(some).encode("utf-8", "surrogateescape"))
     return state.hexdigest()
 
 
@@ -192,7 +211,8 @@ def _keep(cache: Path, name: str, index: Index) -> None:
         for old in _kept(cache, name)[_KEPT:]:
             old.unlink(missing_ok=True)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         warnings.warn(
             f"The index of {index.folder} isn't kept in {cache}: {error}. Each process makes its own; set cache_dir.",
             RuntimeWarning,
