@@ -89,7 +89,7 @@ def tedlium(folder: Path) -> Path:
         for speaker in people(name):
             talk, place = f"Speaker{speaker}_2010X", folder / "legacy" / name
             write(place / "sph" / f"{talk}.sph", np.concatenate([tone(speaker, n, seconds=1.0) for n in range(EACH + 1)]))
-            lines = [f"{talk} 1 {talk} {n}.10 {n}.70 <o,f0,female> {text(speaker, n).lower()} <unk>" for n in range(EACH)]
+            lines = [f"{talk} 1 {talk} {n}.10 {n}.70 <o,f0,female> it 's {text(speaker, n).lower()} <unk> {{SMACK}}" for n in range(EACH)]
             lines.append(f"{talk} 1 inter_segment_gap {EACH}.00 {EACH}.90 <o,,unknown> ignore_time_segment_in_scoring")
             write_text(place / "stm" / f"{talk}.stm", *lines)
     return folder

@@ -225,7 +225,7 @@ class _Columns:
         self._start.append(entry.start)
         self._end.append(math.nan if entry.end is None else entry.end)
         self._seconds.append(math.nan if entry.seconds is None else entry.seconds)
-        self._texts += entry.text.encode()
+        self._texts += entry.text.encode("utf-8", "surrogateescape")
         self._text_ends.append(len(self._texts))
 
     def expect_single(self, held_out: frozenset[str]) -> None:

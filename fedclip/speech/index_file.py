@@ -85,14 +85,22 @@ def open_index(
 
 
 def walk(folder: Path, places: Iterable[Path]) -> Iterator[File]:
-    """Yield the files at some places and in the folders there, sorted in each folder, without hidden ones; what is not there is not."""
+    """Yield the files at some places and in the folders there, sorted in each folder, without hidden ones; what is not there is not.
+
+    Raises:
+        CorpusError: a folder may not be read.
+    """
     for place in places:
-        with suppress(FileNotFoundError, NotADirectoryError):
+        try:
             if place.is_dir():
                 yield from _walk(place, "" if place == folder else os.path.relpath(place, folder) + "/")
             else:
                 status = place.stat()
                 yield str(place.relative_to(folder) if place.is_relative_to(folder) else place), status.st_size, status.st_mtime_ns
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            raise CorpusError(f"{error.filename or place} cannot be read ({error.strerror}); correct its rights.") from error
 
 
 def _walk(place: Path, prefix: str) -> Iterator[File]:
@@ -230,7 +238,8 @@ def _locked(path: Path) -> Iterator[None]:
         yield
         return
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        with suppress(OSError):  # some shared disks have no locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:
         os.close(handle)

@@ -53,7 +53,7 @@ def manifest_entries(folder: Path, options: ManifestOptions, sets: Sequence[str]
 
 def fraction(name: str) -> float:
     """Return a number in [0, 1) that depends on the name alone."""
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") / 2**64
+    return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "big") / 2**64
 
 
 def _listing(folder: Path) -> Path:

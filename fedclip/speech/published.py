@@ -210,7 +210,8 @@ def _segment(line: str, name: str, audio: str, where: tuple[Path, int]) -> Entry
         return Skip("segment that is not scored", at(where))
     if not 0 <= start < end:
         return Skip("segment that ends before it begins", at(where))
-    text = " ".join(_MARKUP.sub(" ", parts[5]).split()) if len(parts) > 5 else ""
+    # The transcripts set endings apart: "it 's".
+    text = " ".join(_MARKUP.sub(" ", parts[5]).split()).replace(" '", "'") if len(parts) > 5 else ""
     return Entry(f"{audio}{parts[0]}.sph", _YEAR.sub("", parts[2]), text, name, where, "en", start, end, end - start)
 
 
