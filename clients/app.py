@@ -35,7 +35,7 @@ def train(message: Message, context: Context) -> Message:
     if request.reply == "sums":
         return Message(messages.sums_reply(train_blocks(site, request.spec, request.blocks, states)), reply_to=message)
     client = Client(site, request.spec, states)
-    done = [(block, client.train_user(user)) for block, users in request.blocks for user in users]
+    done = list(client.contributions(request.blocks))
     client.sync()
     return Message(messages.updates_reply(done), reply_to=message)
 

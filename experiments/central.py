@@ -31,6 +31,7 @@ class Central:
     account = None
     keep: Callable[[Released], None] | None = None
     resumable = False
+    workers = 1
 
     def __init__(self, prepared: Prepared) -> None:
         self._prepared, experiment = prepared, prepared.experiment

@@ -26,10 +26,12 @@ class Engine(Protocol):
     Attributes:
         keep: makes what was released durable before the server step; None: nothing does.
         resumable: whether a run can go on from the engine's `state`.
+        workers: how many processes train users at a time.
     """
 
     keep: Callable[[Released], None] | None
     resumable: bool
+    workers: int
 
     @property
     def account(self) -> Account | None:
@@ -83,7 +85,7 @@ class OnGrid:
             account=account,
             states=states,
         )
-        self.account, self._grid = account, grid
+        self.account, self._grid, self.workers = account, grid, len(list(grid.get_node_ids()))
 
     @property
     def keep(self) -> Callable[[Released], None] | None:

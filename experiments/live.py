@@ -104,6 +104,7 @@ class Reporter:
         self._console.print(f"{summary['status']}: {summary['rounds']} rounds in {summary['total_seconds']:.0f} s{result}", highlight=False)
         if "uplink_ratio" in summary:
             self._console.print(describe_traffic(summary), highlight=False, soft_wrap=True)
+        self._console.print(describe_memory(summary), highlight=False, soft_wrap=True)
         for key in ("measured", "extrapolated"):
             if key in summary:
                 self._console.print(Guarantee(**summary[key]).describe(), highlight=False, soft_wrap=True)
@@ -155,6 +156,13 @@ def describe_traffic(summary: dict[str, Any]) -> str:
         f"(steady state {summary['uplink_ratio_steady']:.4g}); "
         f"each user took part {summary['participations_per_user']:.3g} times"
     )
+
+
+def describe_memory(summary: dict[str, Any]) -> str:
+    """Return the peak memory of the process that led the run: what it had at its start, and the rest in copies of the model."""
+    peak, startup, model = summary["peak_memory_bytes"], summary["startup_memory_bytes"], 4 * summary["parameters"]
+    rest = (peak - startup) / model
+    return f"peak memory: {size(peak)}, of which {size(startup)} at the start; the rest is {rest:.1f} models of {size(model)}"
 
 
 def size(count: float) -> str:

@@ -41,7 +41,8 @@ if TYPE_CHECKING:
 class Prepared:
     """A checked experiment with its task and method. `population.size` and the cohort are numbers that the data can give.
 
-    `initial` are the parameters of the model that the run begins with, shape (d,); None: they are drawn.
+    `initial` are the parameters of the model that the run begins with, shape (d,); None: they are drawn. `startup_memory` is what this
+    process had, in bytes, before it made anything of the size of the data or of the model.
     """
 
     experiment: Experiment
@@ -49,6 +50,7 @@ class Prepared:
     task: "Task"
     method: "Method"
     initial: "torch.Tensor | None" = None
+    startup_memory: int = 0
 
 
 def read_experiment(path: Path, overrides: list[str], data_dir: Path | None = None) -> Experiment:
@@ -122,10 +124,11 @@ def prepare(experiment: Experiment, *, resume: bool = False) -> Prepared:
     import torch
 
     from experiments.live import indexing
-    from fedclip.process import settle_process
+    from fedclip.process import resident_memory, settle_process
     from fedclip.tasks.build import TaskRecipe
 
     settle_process()
+    startup = resident_memory()
     if experiment.run.device.startswith("cuda") and experiment.ray.address is None and not torch.cuda.is_available():
         raise ConfigError(f"run.device: '{experiment.run.device}' is not there (torch finds no GPU); use 'cpu'.")
     size = experiment.population.size
@@ -152,7 +155,7 @@ def prepare(experiment: Experiment, *, resume: bool = False) -> Prepared:
     except ValueError as error:
         raise ConfigError(f"strategy: {error}") from error
     recipe = replace(TaskRecipe.of(experiment), index=getattr(task, "index", ""))
-    return Prepared(experiment, recipe, task, method, initial)
+    return Prepared(experiment, recipe, task, method, initial, startup)
 
 
 def read_run(run: Path, overrides: list[str], data_dir: Path | None = None) -> Experiment:

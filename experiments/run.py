@@ -19,6 +19,7 @@ from fedclip.checkpoints import Checkpoint, CheckpointError, Checkpoints
 from fedclip.config import Experiment
 from fedclip.method import noise_to_bound
 from fedclip.options import ConfigError
+from fedclip.process import peak_memory
 from fedclip.round import Released
 from fedclip.storage import Storage
 from fedclip.tally import Tally, number
@@ -27,6 +28,10 @@ from strategies.naming import run_digest
 
 DONE, CHECK_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 """Exit status of every command."""
+
+STAGES = ("load", "train", "chain", "fold", "release", "server")
+"""What a round's time goes to: waiting for users' data, local training, client chain and encoding, decoding and guard and sum, noise and
+division, server chain. The first four are added up over users, whichever worker they were on."""
 
 STAMP = "seeded simulation: epsilon is nominal; diagnostics of its cohorts are not private"
 """What every report of a run under noise says."""
@@ -112,7 +117,7 @@ class Run:
         start, engine = time.perf_counter(), self.engine
         outcome = engine.round() if self._pending is None else engine.replay(self._pending)
         self._pending = None
-        row = row_of(outcome.tally, outcome.state.round, outcome.attempt, time.perf_counter() - start)
+        row = row_of(outcome.tally, outcome.state.round, outcome.attempt, time.perf_counter() - start, engine.workers)
         if engine.account is not None:
             row |= {"epsilon": engine.account.spent().epsilon, "delta": engine.account.delta}
         self.progress.add(outcome)
@@ -199,8 +204,8 @@ def _is_due(round: int, experiment: Experiment) -> bool:
     return round == experiment.run.rounds or bool(every and round % every == 0)
 
 
-def row_of(tally: Tally, round: int, attempt: int, seconds: float) -> dict[str, Any]:
-    """Return the line of `metrics.jsonl` for a round: sums become means over the users who gave an update."""
+def row_of(tally: Tally, round: int, attempt: int, seconds: float, workers: int) -> dict[str, Any]:
+    """Return the line of `metrics.jsonl` for a round: sums become means over the users who gave an update; times stay sums."""
     users, losses = number(tally, "users"), number(tally, "losses")
     row: dict[str, Any] = {
         "round": round,
@@ -219,6 +224,8 @@ def row_of(tally: Tally, round: int, attempt: int, seconds: float) -> dict[str, 
             row[measured] = [v / users for v in value] if isinstance(value, list) else value / users
         elif stage == "server":
             row[measured] = value
+    row |= {f"{stage}_seconds": number(tally, f"{stage}_seconds") for stage in STAGES}
+    row["trainer_busy"] = number(tally, "train_seconds") / (seconds * workers)
     for name in ("not_finite", "users_without_data", "examples_left_out"):
         if number(tally, name):
             row[name] = int(number(tally, name))
@@ -249,6 +256,8 @@ def _summary(run: Run, status: str) -> dict[str, Any]:
         "total_seconds": run.seconds,
         "saving_seconds_total": progress.saving_seconds,
         "parameters": engine.layout.size,
+        "startup_memory_bytes": run.prepared.startup_memory,
+        "peak_memory_bytes": peak_memory(),
         "population": experiment.population.size,
         "users_total": int(progress.users),
         "failed_users_total": int(progress.failed),

@@ -3,11 +3,14 @@
 Decoding and guarding happen wherever the raw sum is formed: on the worker that trained the users, or on the server.
 """
 
+import dataclasses
 import logging
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +20,7 @@ from fedclip.fold import Fold
 from fedclip.layout import Layout
 from fedclip.local import LocalSGD
 from fedclip.method import user_weight
+from fedclip.process import settle_thread
 from fedclip.replica import Replica
 from fedclip.spec import Block, RoundSpec
 from fedclip.stages import build_stage
@@ -24,7 +28,7 @@ from fedclip.tally import Tally, add_up
 from fedclip.tasks.base import Counts, Task
 from fedclip.transform import Chain, Ctx, State, Transform, has_content
 from fedclip.update import Dense, Update, finite_or_zero, scale, to_dense
-from fedclip.user_states import UserStates, halved, restored
+from fedclip.user_states import UserStates, apart, halved, restored
 from fedclip.wire import Wire
 
 log = logging.getLogger(__name__)
@@ -80,7 +84,8 @@ class Client:
     """
 
     def __init__(self, site: Site, spec: RoundSpec, states: UserStates | None = None) -> None:
-        self.site, self.spec, self.layout = site, spec, site.replica.layout
+        self.site, self.layout = site, site.replica.layout
+        self.spec = dataclasses.replace(spec, params=b"")  # decoded below, and not needed again: of a large model it is gigabytes
         self.local: LocalSGD = build_stage(spec.local)
         self.chain = Chain(tuple(build_stage(s) for s in spec.client))
         self.wire = Wire.of(spec, self.chain, self.layout)
@@ -91,35 +96,56 @@ class Client:
             raise ValueError(f"{self.chain.name} keeps a state for each user, and there is no place to keep it; give a folder for it.")
         self.params = to_dense(self.codec.decode(spec.params, self.layout), self.layout).to(site.replica.params.device)
 
-    def train_user(self, user: int) -> Contribution:
+    def contributions(self, blocks: Iterable[Block]) -> Iterator[tuple[int, Contribution]]:
+        """Train the users of some blocks one after another, and yield each one's block and contribution.
+
+        While one user trains, a thread reads the data of the next, so that training waits for the first alone where reading is faster.
+        """
+        users = [(block, user) for block, members in blocks for user in members]
+        with ThreadPoolExecutor(1, "fedclip-reader", settle_thread) as reader:
+            ahead = reader.submit(self._load, users[0][1]) if users else None
+            for n, (block, user) in enumerate(users):
+                data, ahead = ahead, reader.submit(self._load, users[n + 1][1]) if n + 1 < len(users) else None
+                yield block, self.train_user(user, data)
+
+    def train_user(self, user: int, data: "Future[Sequence[Any]] | None" = None) -> Contribution:
         """Load a user's data, train, pass the update through the chain and encode it.
 
         Whatever the user's data or the task raises makes the user a failed one, never the round.
+
+        Args:
+            user: the user.
+            data: the user's examples, where they are being read already.
         """
         start = time.perf_counter()
         try:
-            contribution = self._train(user)
+            examples = self._load(user) if data is None else data.result()
+            contribution = self._train(user, examples, time.perf_counter() - start)
         except Exception as error:
             log.debug("user %d failed", user, exc_info=True)
             return Contribution(user, None, 0.0, {"failed_users": 1.0}, f"user {user}: {type(error).__name__}: {error}")
-        contribution.tally["train_seconds"] = time.perf_counter() - start
         return contribution
+
+    def _load(self, user: int) -> Sequence[Any]:
+        return self.site.task.load_user(user, self.spec.streams.generator("data", user))
 
     def sync(self) -> None:
         """Wait until the states of the users that were trained are durable."""
         if self.states is not None:
             self.states.sync()
 
-    def _train(self, user: int) -> Contribution:
-        task, replica, streams = self.site.task, self.site.replica, self.spec.streams
-        examples = task.load_user(user, streams.generator("data", user))
-        left_out: Tally = {"examples_left_out": float(int(getattr(examples, "left_out", 0)))}
+    def _train(self, user: int, examples: Sequence[Any], waited: float) -> Contribution:
+        replica, streams = self.site.replica, self.spec.streams
+        left_out: Tally = {"examples_left_out": float(int(getattr(examples, "left_out", 0))), "load_seconds": waited}
         if not len(examples):
             return Contribution(user, None, 0.0, {"users_without_data": 1.0, **left_out}, _said_of(examples))
+        start = time.perf_counter()
         replica.load(self.params)
         with streams.torch_seeded("training", user, str(replica.params.device)):
-            loss = self.local.train(replica, task, examples, streams.generator("batches", user))
-        update, finite = finite_or_zero(Dense(self.params - replica.params))
+            loss = self.local.train(replica, self.site.task, examples, streams.generator("batches", user))
+        trained = time.perf_counter()
+        # In the place of the parameters, which the next user's training sets anew: of a large model a vector is gigabytes.
+        update, finite = finite_or_zero(Dense(torch.sub(self.params, replica.params, out=replica.params)))
         weight = user_weight(len(examples), self.spec.weighting, self.spec.max_examples)
         if self.spec.private:
             update = scale(update, weight)
@@ -130,13 +156,14 @@ class Client:
             self.spec.grid.check(step.update, weight)  # what the sum would refuse must not count as sent
         payload = self.wire.encode(step.update)
         if self.states is not None:
-            after = halved(step.state) if self.spec.half_states else step.state
+            after = halved(step.state) if self.spec.half_states else apart(step.state, replica.params)
             self.states.stage(user, streams.round, streams.attempt, after)
         bits = pack_bits(step.clip_bits) if self.spec.clip_bits else b""
         tally: Tally = {"users": 1.0, "uplink_bytes": float(len(payload) + len(bits)), "not_finite": float(not finite), **left_out}
         if math.isfinite(loss):
             tally |= {"train_loss": loss, "losses": 1.0}
         tally |= {f"chain.{k}": list(v) if isinstance(v, tuple) else v for k, v in step.measurements.items()}
+        tally |= {"train_seconds": trained - start, "chain_seconds": time.perf_counter() - trained}
         return Contribution(user, payload, 1.0 if self.spec.private else weight, tally, _said_of(examples), bits)
 
     def _remembered(self, user: int) -> State:
@@ -164,6 +191,7 @@ class Collector:
 
     def take(self, block: int, contribution: Contribution) -> None:
         """Add one user's contribution to the sum; what cannot be taken counts as a failed user and adds nothing."""
+        start = time.perf_counter()
         tally, error = contribution.tally, contribution.error
         if contribution.payload is not None:
             try:
@@ -182,7 +210,7 @@ class Collector:
                 error = f"user {contribution.user}: {type(fault).__name__}: {fault}"
         if error is not None:
             self.errors.append(error)
-        self.tallies[block] = add_up([self.tallies.get(block, {}), tally])
+        self.tallies[block] = add_up([self.tallies.get(block, {}), tally, {"fold_seconds": time.perf_counter() - start}])
 
     def _open(self, payload: bytes) -> tuple[Update, bool]:
         """Decode and guard."""
@@ -203,10 +231,11 @@ class Collector:
 
 def train_blocks(site: Site, spec: RoundSpec, blocks: Iterable[Block], states: UserStates | None = None) -> Partial:
     """Train the users of some blocks one after another and return their exact sum; what the chain keeps of users is durable by then."""
-    client, collector = Client(site, spec, states), Collector(spec, site.replica.layout)
-    for block, users in blocks:
-        for user in users:
-            collector.take(block, client.train_user(user))
+    client = Client(site, spec, states)
+    del spec  # with the model as it was sent
+    collector = Collector(client.spec, site.replica.layout)
+    for block, contribution in client.contributions(blocks):
+        collector.take(block, contribution)
     client.sync()
     return collector.partial()
 

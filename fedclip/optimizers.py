@@ -12,7 +12,7 @@ from fedclip.choices import Grouping
 from fedclip.layout import Layout
 from fedclip.schedules import Schedule
 from fedclip.transform import UNBOUNDED, Bound, Ctx, State, Step, Transform
-from fedclip.update import Dense, Update, layer_norms, scale_layers, to_dense
+from fedclip.update import Dense, Update, blockwise, layer_norms, times, to_dense
 
 
 class Optimizer(Transform):
@@ -86,13 +86,14 @@ class Moments:
     def next(self, g: torch.Tensor, betas: tuple[float, float]) -> "Moments":
         """Return the averages with g taken in."""
         b1, b2 = betas
-        return Moments(self.steps + 1, self.first * b1 + g * (1 - b1), self.second * b2 + g * g * (1 - b2))
+        first = blockwise(lambda m, new: m * b1 + new * (1 - b1), self.first, g)
+        return Moments(self.steps + 1, first, blockwise(lambda v, new: v * b2 + new * new * (1 - b2), self.second, g))
 
     def direction(self, betas: tuple[float, float], eps: float) -> torch.Tensor:
         """Return `m / (sqrt(v) + eps)` of the bias-corrected averages."""
         b1, b2 = betas
-        m, v = self.first / (1 - b1**self.steps), self.second / (1 - b2**self.steps)
-        return m / (v.sqrt() + eps)
+        of_first, of_second = 1 - b1**self.steps, 1 - b2**self.steps
+        return blockwise(lambda m, v: (m / of_first) / ((v / of_second).sqrt() + eps), self.first, self.second)
 
 
 @dataclass(frozen=True)
@@ -121,8 +122,8 @@ class Adam(Optimizer):
         moments = state.next(to_dense(update, ctx.layout), self.betas)
         direction = moments.direction(self.betas, self.eps)
         if self.weight_decay:
-            direction = direction + self.weight_decay * ctx.params
-        return Step(Dense(direction * self.lr(ctx.round)), moments)
+            direction = blockwise(lambda u, theta: u + self.weight_decay * theta, direction, ctx.params)
+        return Step(Dense(direction.mul_(self.lr(ctx.round))), moments)  # a vector of this step alone
 
     def has_momentum(self, ndim: int) -> bool:
         """Return whether the first moment averages over rounds."""
@@ -167,12 +168,14 @@ class LAMB(Optimizer):
         moments = state.next(to_dense(update, layout), self.betas)
         direction = moments.direction(self.betas, self.eps)
         if self.weight_decay:
-            direction = direction + self.weight_decay * ctx.params
+            direction = blockwise(lambda u, theta: u + self.weight_decay * theta, direction, ctx.params)
         u, theta = layer_norms(Dense(direction), layout), layer_norms(Dense(ctx.params), layout)
         least, greatest = self.trust_bounds
         ratios = tuple(min(max(t / n if t and n else 1.0, least), greatest) for t, n in zip(theta, u, strict=True))
         lr = self.lr(ctx.round)
-        return Step(scale_layers(Dense(direction), layout, [lr * r for r in ratios]), moments, {"trust_ratio": ratios})
+        for layer, piece in zip(layout.layer_of, layout.split(direction), strict=True):  # a vector of this step alone
+            piece.copy_(times(piece, lr * ratios[layer]))
+        return Step(Dense(direction), moments, {"trust_ratio": ratios})
 
     def has_momentum(self, ndim: int) -> bool:
         """Return whether the first moment averages over rounds."""

@@ -1,12 +1,20 @@
 """How a process that computes rounds is set up: one thread, so that bits do not depend on cores, and memory kept for reuse."""
 
 import ctypes
+import resource
+import sys
+from pathlib import Path
 
 import torch
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # numbers of glibc's malloc.h
 LARGEST_BLOCK = 32 << 20  # the most that glibc lets M_MMAP_THRESHOLD be
 KEPT = 1 << 30
+
+
+def settle_thread() -> None:
+    """Let torch compute on this thread alone when it is called from it: a new thread would use all cores."""
+    torch.set_num_threads(1)
 
 
 def settle_process() -> None:
@@ -16,10 +24,24 @@ def settle_process() -> None:
     core instead. Training frees and asks for the same big blocks at every step: handing each back to the system costs a tenth of the
     time. Other C libraries are left as they are.
     """
-    torch.set_num_threads(1)
+    settle_thread()
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
         return
     mallopt(M_MMAP_THRESHOLD, LARGEST_BLOCK)
     mallopt(M_TRIM_THRESHOLD, KEPT)
+
+
+def resident_memory() -> int:
+    """Return how many bytes of memory this process has now; its peak so far where the system does not say."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    except (OSError, IndexError, ValueError):
+        return peak_memory()
+    return pages * resource.getpagesize()
+
+
+def peak_memory() -> int:
+    """Return the most bytes of memory that this process ever had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -123,6 +123,11 @@ class Release:
             float64, shape (d,). Without noise and with nobody there it is zero; under noise an empty cohort releases noise on zero.
         """
         if self.mechanism is not None:
-            total = total + self.mechanism.noise(bound, layout, rng)
+            noised = self.mechanism.noise(bound, layout, rng)
+            noised += total  # in place: of a large model each vector is gigabytes
+            total = noised
         denominator = weight if self.denominator == "weights" else self.denominator
-        return total / denominator if denominator else np.zeros_like(total)
+        if not denominator:
+            return np.zeros_like(total)
+        mean: np.ndarray = np.divide(total, denominator, out=total if self.mechanism is not None else None)
+        return mean

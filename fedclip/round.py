@@ -8,6 +8,7 @@ some blocks and gives their exact sum; `release` adds the sums and releases the 
 
 import dataclasses
 import math
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -147,13 +148,16 @@ def release(
         bits += np.asarray(part.clip_bits, dtype=np.int64)
         tallies |= part.tallies
         errors += part.errors
+        del part  # of a large model each sum is gigabytes: it goes before the next vector is made
+    start = time.perf_counter()
     tally = add_up(tallies[n] for n in sorted(tallies))
     tally["downlink_bytes"] = float(plan.downlink_bytes)
     streams, now = plan.spec.streams, method.for_round(state.thresholds, layout)
     bound, noise = now.bound(layout), streams.generator("noise")
     if account is not None and method.release.mechanism is not None:
         account.charge(streams.run, streams.round, streams.attempt, method.release.mechanism.noise_multiplier, bound.total)
-    total, support = fold.result().numpy(), support_of(plan.spec, method.client, layout)
+    total, came, support = fold.result().numpy(), fold.users, support_of(plan.spec, method.client, layout)
+    del fold
     if support is None:
         mean = now.release.apply(total, number(tally, "weight"), bound, layout, noise)
     else:  # a vector of the values on the support, which is public, is all that is summed, noised and divided
@@ -162,14 +166,16 @@ def release(
     fractions = None
     if method.adaptive is not None:
         cohort = method.sampler.expected_cohort if method.private else None
-        fractions = method.adaptive.fractions(bits, fold.users, cohort, noise)
+        fractions = method.adaptive.fractions(bits, came, cohort, noise)
     within = None if fractions is None else tuple(fractions.tolist())
-    return Released(streams.round, streams.attempt, torch.from_numpy(mean).float(), within, tally, tuple(errors))
+    released = torch.from_numpy(mean).float()
+    tally["release_seconds"] = time.perf_counter() - start
+    return Released(streams.round, streams.attempt, released, within, tally, tuple(errors))
 
 
 def advance(method: Method, state: ServerState, layout: Layout, plan: Plan, released: Released) -> Outcome:
     """Take the server step on what was released. It sees nothing else, so that it can be taken again after a crash."""
-    streams = plan.spec.streams
+    start, streams = time.perf_counter(), plan.spec.streams
     ctx = Ctx(layout, streams.generator("server"), streams.round, state.params)
     step = method.server.apply(Dense(released.mean), state.server, ctx)
     params = state.params - to_dense(step.update, layout)
@@ -184,6 +190,7 @@ def advance(method: Method, state: ServerState, layout: Layout, plan: Plan, rele
         thresholds = tuple(new if there else old for old, new, there in zip(thresholds, moved, sent, strict=True))
     average = _average(state.average, released.mean, support_of(plan.spec, method.client, layout)) if method.client.needs_average else None
     after = ServerState(params, step.state, state.round + 1, thresholds=thresholds, sent=plan.sent, average=average)
+    tally["server_seconds"] = time.perf_counter() - start
     return Outcome(after, tally, released.errors, released.attempt)
 
 

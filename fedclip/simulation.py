@@ -1,5 +1,6 @@
 """A whole run in one process: no Flower, no Ray, the same bits."""
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -33,6 +34,7 @@ class InProcess:
     """
 
     resumable = True
+    workers = 1
 
     def __init__(
         self,
@@ -59,7 +61,9 @@ class InProcess:
     def round(self) -> Outcome:
         """Do one more round and return what it made."""
         plan = begin(self.method, self.state, self.layout, self._secret, self._run, self.account)
-        partials = [train_blocks(self.site, plan.spec, plan.blocks, self._states)]
+        # Of a large model each vector is gigabytes: nothing here may hold the model as it was sent, nor the sum.
+        told, plan = [plan.spec], dataclasses.replace(plan, spec=dataclasses.replace(plan.spec, params=b""))
+        partials = (train_blocks(self.site, told.pop(), plan.blocks, self._states) for _ in range(1))
         outcome = finish(self.method, self.state, self.layout, plan, partials, self.account, self.keep)
         self.state = outcome.state
         return outcome

@@ -1,7 +1,7 @@
 """`Update`: what one user sends, dense or sparse, and the few operations that clipping, guards, folds and codecs need of it."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +11,10 @@ from fedclip.layout import Layout
 
 FLOAT32_FACTORS = (1e-30, 1e30)
 """Outside this range a scale factor would lose bits or overflow as a float32 number: the product is taken in float64."""
+
+
+BLOCK = 1 << 18
+"""Coordinates that `blockwise` looks at in one step: what it needs on the way fits a core's caches."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,6 +106,14 @@ def decoded(codes: torch.Tensor, scales: torch.Tensor, lengths: Sequence[int]) -
     return codes.float() * scales.repeat_interleave(torch.tensor(lengths, dtype=torch.int64, device=scales.device))
 
 
+def blockwise(function: Callable[..., torch.Tensor], *vectors: torch.Tensor) -> torch.Tensor:
+    """Return an elementwise function of vectors of one shape and type, block by block, so that what it needs on the way takes no room."""
+    result = torch.empty_like(vectors[0])
+    for out, *parts in zip(torch.split(result, BLOCK), *(torch.split(v, BLOCK) for v in vectors), strict=True):
+        out.copy_(function(*parts))
+    return result
+
+
 def is_finite(update: Update) -> bool:
     """Return whether no stored value is NaN or infinite."""
     values = values_of(update)
@@ -139,7 +151,7 @@ def norm(update: Update) -> float:
 
 def scale(update: Update, factor: float) -> Update:
     """Return the update times a number; the same object where the factor is 1."""
-    return update if factor == 1.0 else with_values(update, _times(values_of(update), factor))
+    return update if factor == 1.0 else with_values(update, times(values_of(update), factor))
 
 
 def scale_layers(update: Update, layout: Layout, factors: Sequence[float]) -> Update:
@@ -147,12 +159,12 @@ def scale_layers(update: Update, layout: Layout, factors: Sequence[float]) -> Up
     if all(f == 1.0 for f in factors):
         return update
     if isinstance(update, Sparse) and all(_is_float32_factor(f) for f in factors):
-        # A factor a value, in few operations: a tensor keeps few values. The products are those of `_times`.
+        # A factor a value, in few operations: a tensor keeps few values. The products are those of `times`.
         each = torch.tensor([factors[h] for h in layout.layer_of], dtype=torch.float32)
         of_values = each.repeat_interleave(torch.tensor(layout.counts(update.indices), dtype=torch.int64))
         return with_values(update, update.values * of_values.to(update.values.device))
     parts = zip(layout.layer_of, pieces(update, layout), strict=True)
-    return with_values(update, torch.cat([_times(p, factors[h]) if factors[h] != 1.0 else p for h, p in parts]))
+    return with_values(update, torch.cat([times(p, factors[h]) if factors[h] != 1.0 else p for h, p in parts]))
 
 
 def add(a: Update, b: Update, layout: Layout) -> Dense:
@@ -178,7 +190,8 @@ def _is_float32_factor(factor: float) -> bool:
     return factor == 0.0 or smallest <= factor <= largest
 
 
-def _times(values: torch.Tensor, factor: float) -> torch.Tensor:
+def times(values: torch.Tensor, factor: float) -> torch.Tensor:
+    """Return float32 values times a number of any size."""
     if _is_float32_factor(factor):
         return values * factor
     return (values.double() * factor).float()

@@ -52,6 +52,14 @@ def restored(kept: State, template: State) -> State:
     return kept[0].float() * kept[1]
 
 
+def apart(state: State, vector: torch.Tensor) -> State:
+    """Return a state that shares no memory with a vector that will change."""
+    if isinstance(state, tuple):
+        return tuple(apart(part, vector) for part in state)
+    shares = isinstance(state, torch.Tensor) and state.untyped_storage().data_ptr() == vector.untyped_storage().data_ptr()
+    return state.clone() if shares else state
+
+
 def state_bytes(state: State) -> int:
     """Return how many bytes the tensors of a state take."""
     if isinstance(state, tuple):
