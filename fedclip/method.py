@@ -78,9 +78,10 @@ class Method:
             raise ValueError(
                 f"Adaptive bounds need clip_by_global_norm, or clip_per_layer in mode clip, as the last clip; {self.client.name} has none."
             )
-        both = [n for n in (1, 2) if self.server.has_momentum(n) and (self.local.momentum > 0 or self.client.has_momentum(n))]
+        both = [n for n in (1, 2) if self.server.has_momentum(n) and (self.local.has_momentum or self.client.has_momentum(n))]
         if both and not self.double_momentum:
-            client = f"local_sgd (momentum {self.local.momentum})" if self.local.momentum > 0 else self.client.name
+            of_local = f"momentum {self.local.momentum}" if self.local.momentum else f"{self.local.optimizer}, betas {self.local.betas}"
+            client = f"local_sgd ({of_local})" if self.local.has_momentum else self.client.name
             raise ValueError(
                 f"Momentum on both sides of the same tensors: {client} on the client and {self.server.name} on the server; "
                 "take one away, or set double_momentum = true if you mean it."

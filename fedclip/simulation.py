@@ -33,7 +33,7 @@ class InProcess:
         keep: makes what was released durable before the server step; None: nothing does.
     """
 
-    resumable = True
+    command = "run"
     workers = 1
 
     def __init__(

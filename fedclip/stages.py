@@ -10,7 +10,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
-from fedclip.choices import Extent, Grouping, Memory, Mode, NoiseSplit, Normalization, Precision, SmallTensors, Split
+from fedclip.choices import (
+    Arithmetic,
+    Extent,
+    Grouping,
+    LocalOptimizer,
+    Memory,
+    Mode,
+    NoiseSplit,
+    Normalization,
+    Precision,
+    SmallTensors,
+    Split,
+)
 from fedclip.doors import load_door
 from fedclip.options import check_arguments, unknown
 from fedclip.schedules import Schedule
@@ -181,11 +193,20 @@ def local_sgd(
     batch_size: Count = 8,
     clip_norm: Positive | None = None,
     momentum: Fraction = 0.0,
+    optimizer: LocalOptimizer = "sgd",
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999),
+    eps: Positive = 1e-8,
+    weight_decay: NotNegative = 0.0,
+    proximal: NotNegative = 0.0,
+    accumulate: Count = 1,
+    micro_batch: Count | None = None,
+    precision: Arithmetic = "float32",
 ) -> "LocalSGD":
-    """Train locally by plain SGD for a number of steps or epochs."""
+    """Train locally by SGD, AdamW or LAMB for a number of steps or epochs."""
     from fedclip.local import LocalSGD
 
-    return LocalSGD(lr, steps, epochs, batch_size, clip_norm, momentum)
+    numbers = (momentum, optimizer, betas, eps, weight_decay, proximal, accumulate, micro_batch, precision)
+    return LocalSGD(lr, steps, epochs, batch_size, clip_norm, *numbers)
 
 
 def gaussian(noise_multiplier: Positive, split: NoiseSplit = "isotropic", weights: tuple[Positive, ...] = ()) -> "Gaussian":

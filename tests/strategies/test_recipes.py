@@ -1,5 +1,7 @@
 """Recipes: each is the published method's stages, and what does not fit together is refused."""
 
+import inspect
+
 import pytest
 
 from fedclip.clipping import ClipByGlobalNorm, ClipPerLayer
@@ -22,6 +24,10 @@ ONE = Schedule.of(1.0)
 def experiment(strategy, **sections):
     base = {"run": {"rounds": 1}, "task": {"name": "vision"}, "sampler": {"cohort": 20}, "local": {"lr": 0.1, "steps": 2}}
     return make_experiment(base | {"strategy": strategy} | sections)
+
+
+ABSENT = ("epochs", "clip_norm", "micro_batch")
+"""What local training has no value for unless it is given one."""
 
 
 def test_fedavg_is_the_weighted_mean_and_a_step_of_one():
@@ -105,7 +111,8 @@ def test_resolving_writes_every_argument_out_and_is_idempotent(name):
     needed = {"pfl4asr": {"max_norm": 1.0}, "stages": {"server": [{"sgd": {"lr": 1.0}}]}}
     resolved = resolve(experiment({"method": name} | needed.get(name, {})))
     assert resolve(resolved) == resolved
-    assert resolved.local == {"lr": 0.1, "steps": 2, "batch_size": 8, "momentum": 0.0}
+    assert set(resolved.local) == {name for name in inspect.signature(local_sgd).parameters if name not in ABSENT}
+    assert {"lr": 0.1, "steps": 2, "batch_size": 8, "momentum": 0.0}.items() <= resolved.local.items()
     assert set(needed.get(name, {})) < set(resolved.strategy.model_extra)
     assert build_method(resolved, 100) == build_method(experiment({"method": name} | needed.get(name, {})), 100)
 
