@@ -70,7 +70,10 @@ class Method:
 
     def __post_init__(self) -> None:
         if not self.server.stages or not isinstance(self.server.stages[-1], Optimizer):
-            raise ValueError(f"Expected a server chain that ends with an optimizer, got {self.server.name}; end it with sgd, adam or lamb.")
+            raise ValueError(
+                f"Expected a server chain that ends with an optimizer, got {self.server.name}; "
+                "end it with sgd, adam, lamb, lars, yogi or adagrad."
+            )
         self._check_mask()
         if self.private:
             self._check_private()

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from fedclip.codec import DenseCodec
     from fedclip.dgc import DGC
     from fedclip.local import LocalSGD
-    from fedclip.optimizers import LAMB, SGD, Adam
+    from fedclip.optimizers import LAMB, LARS, SGD, Adagrad, Adam, Yogi
     from fedclip.packed import PackedCodec
     from fedclip.quantize import Entropy, Fp16, Quantize, Sign
     from fedclip.release import Gaussian
@@ -172,6 +172,29 @@ def lamb(
     return LAMB(Schedule.of(lr), betas, eps, weight_decay, trust_bounds, layers)
 
 
+def lars(
+    lr: Rate, momentum: Fraction = 0.9, trust: Positive = 1e-3, weight_decay: NotNegative = 0.0, layers: Grouping = "tensor"
+) -> "LARS":
+    """Take a step of server LARS: SGD with momentum, each layer's step in proportion to the norm of the layer."""
+    from fedclip.optimizers import LARS
+
+    return LARS(Schedule.of(lr), momentum, trust, weight_decay, layers)
+
+
+def yogi(lr: Rate, betas: tuple[Fraction, Fraction] = (0.9, 0.99), eps: Positive = 1e-3, initial: NotNegative | None = None) -> "Yogi":
+    """Take a step of server Yogi: Adam whose second moment moves by as much as it is, whatever the difference."""
+    from fedclip.optimizers import Yogi
+
+    return Yogi(Schedule.of(lr), betas, eps, initial)
+
+
+def adagrad(lr: Rate, eps: Positive = 1e-3, initial: NotNegative | None = None) -> "Adagrad":
+    """Take a step of server Adagrad: by the root of the sum of all squares so far."""
+    from fedclip.optimizers import Adagrad
+
+    return Adagrad(Schedule.of(lr), eps, initial)
+
+
 def poisson(population: Count, cohort: Positive, max_cohort: Count | None = None, devices_per_user: Count = 1) -> "Poisson":
     """Take each of `population` users independently with probability `cohort / population`."""
     from fedclip.sampling import Poisson
@@ -234,7 +257,7 @@ STAGES: Mapping[str, Callable[..., Any]] = {
     f.__name__: f
     for f in (
         *(clip_by_global_norm, clip_per_layer, with_error_feedback, dgc, top_k, random_k, common_mask, fp16, quantize, sign, entropy),
-        *(sgd, adam, lamb, poisson, fixed_size, local_sgd, gaussian, dense, packed),
+        *(sgd, adam, lamb, lars, yogi, adagrad, poisson, fixed_size, local_sgd, gaussian, dense, packed),
     )
 }
 """Every stage that ships, by name."""

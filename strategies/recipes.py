@@ -22,6 +22,7 @@ from fedclip.stages import (
     NotNegative,
     Positive,
     Rate,
+    adagrad,
     adam,
     build_stage,
     clip_by_global_norm,
@@ -29,8 +30,10 @@ from fedclip.stages import (
     dgc,
     gaussian,
     lamb,
+    lars,
     local_sgd,
     sgd,
+    yogi,
 )
 from strategies.privacy import build_sampler, noise_multiplier
 
@@ -82,7 +85,7 @@ def fedopt(
     sampler: Any,
     local: Any,
     mechanism: Any = None,
-    optimizer: Literal["sgd", "adam", "lamb"] = "adam",
+    optimizer: Literal["sgd", "adam", "lamb", "lars", "yogi", "adagrad"] = "adam",
     server_lr: Rate = 0.01,
     betas: Betas = (0.9, 0.99),
     eps: Positive = 1e-3,
@@ -92,7 +95,7 @@ def fedopt(
 ) -> "Method":
     """Adaptive federated optimization (arXiv 2003.00295): the mean update is a gradient for a server optimizer.
 
-    `eps` is the paper's tau; `sgd` takes the first of `betas` as momentum.
+    `eps` is the paper's tau; `sgd` and `lars` take the first of `betas` as momentum, `adagrad` has none.
     """
     from fedclip.method import Method
     from fedclip.transform import Transform, chain
@@ -101,6 +104,9 @@ def fedopt(
         "sgd": lambda: sgd(server_lr, betas[0]),
         "adam": lambda: adam(server_lr, betas, eps),
         "lamb": lambda: lamb(server_lr, betas, eps),
+        "lars": lambda: lars(server_lr, betas[0]),
+        "yogi": lambda: yogi(server_lr, betas, eps),
+        "adagrad": lambda: adagrad(server_lr, eps),
     }
     return Method(
         sampler=sampler,

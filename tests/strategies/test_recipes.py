@@ -7,7 +7,7 @@ import pytest
 from fedclip.clipping import ClipByGlobalNorm, ClipPerLayer
 from fedclip.config import make_experiment
 from fedclip.dgc import DGC
-from fedclip.optimizers import LAMB, SGD, Adam
+from fedclip.optimizers import LAMB, LARS, SGD, Adagrad, Adam, Yogi
 from fedclip.options import ConfigError
 from fedclip.quantize import Quantize
 from fedclip.release import Gaussian, Release
@@ -56,6 +56,9 @@ def test_noise_without_a_clip_is_refused(name):
         ("adam", Adam(Schedule.of(0.01), (0.9, 0.99), 1e-3)),
         ("sgd", SGD(Schedule.of(0.01), 0.9)),
         ("lamb", LAMB(Schedule.of(0.01), (0.9, 0.99), 1e-3)),
+        ("lars", LARS(Schedule.of(0.01), 0.9)),
+        ("yogi", Yogi(Schedule.of(0.01), (0.9, 0.99), 1e-3)),
+        ("adagrad", Adagrad(Schedule.of(0.01), 1e-3)),
     ],
 )
 def test_fedopt_has_the_constants_of_its_paper(optimizer, stage):
@@ -124,7 +127,7 @@ def test_resolving_writes_every_argument_out_and_is_idempotent(name):
         ({"method": "pfl4asr"}, ["strategy.max_norm", "missing"]),
         ({"method": "pfl4asr", "max_norm": 1, "sever_lr": 1}, ["strategy.sever_lr", "Did you mean 'server_lr'?"]),
         ({"method": "pfl4asr", "max_norm": 1, "mode": "normalise"}, ["strategy.mode", "'clip' or 'normalize'", "'normalise'"]),
-        ({"method": "fedopt", "optimizer": "yogi"}, ["strategy.optimizer", "'sgd', 'adam' or 'lamb'", "'yogi'"]),
+        ({"method": "fedopt", "optimizer": "yogy"}, ["strategy.optimizer", "'yogi' or 'adagrad'", "'yogy'"]),
         ({"method": "fedavg", "mechanism": 1}, ["strategy.mechanism", "[privacy]"]),
         ({"method": "fedavg", "local": 1}, ["strategy.local", "[local]"]),
     ],
