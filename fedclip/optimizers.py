@@ -12,7 +12,7 @@ from fedclip.choices import Grouping
 from fedclip.layout import Layout
 from fedclip.schedules import Schedule
 from fedclip.transform import UNBOUNDED, Bound, Ctx, State, Step, Transform
-from fedclip.update import Dense, Update, blockwise, layer_norms, times, to_dense
+from fedclip.update import Dense, Update, blockwise, layer_norms, scale_layers, times, to_dense
 
 
 class Optimizer(Transform):

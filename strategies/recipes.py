@@ -194,6 +194,33 @@ def deep_gradient_compression(
     )
 
 
+def scaffold(
+    *,
+    sampler: Any,
+    local: Any,
+    mechanism: Any = None,
+    server_lr: Rate = 1.0,
+    max_norm: Positive | None = None,
+    adaptive: AdaptiveClip | None = None,
+) -> "Method":
+    """SCAFFOLD (arXiv 1910.06378, option II): control variates take the drift out of many local steps; with clip and noise DP-SCAFFOLD.
+
+    See `fedclip.control` for how the second vector of the paper need not be sent. Local training is plain SGD of `steps` steps.
+    """
+    from fedclip.method import Method
+    from fedclip.transform import chain
+
+    return Method(
+        sampler=sampler,
+        local=local,
+        client=chain(*([clip_by_global_norm(max_norm)] if max_norm else [])),
+        release=_release(sampler, mechanism),
+        server=chain(sgd(server_lr)),
+        adaptive=adaptive,
+        control=True,
+    )
+
+
 def stages(
     *,
     sampler: Any,
@@ -205,8 +232,9 @@ def stages(
     max_examples: Count | None = None,
     double_momentum: bool = False,
     adaptive: AdaptiveClip | None = None,
+    control: bool = False,
 ) -> "Method":
-    """Any method, its stages listed: what `[strategy]` means without `method`."""
+    """Any method, its stages listed: what `[strategy]` means without `method`. `control` adds SCAFFOLD's control variates."""
     from fedclip.method import Method
     from fedclip.transform import chain
 
@@ -220,10 +248,13 @@ def stages(
         max_examples=max_examples,
         double_momentum=double_momentum,
         adaptive=adaptive,
+        control=control,
     )
 
 
-RECIPES: Mapping[str, Callable[..., "Method"]] = {f.__name__: f for f in (fedavg, fedopt, pfl4asr, deep_gradient_compression, stages)}
+RECIPES: Mapping[str, Callable[..., "Method"]] = {
+    f.__name__: f for f in (fedavg, fedopt, pfl4asr, deep_gradient_compression, scaffold, stages)
+}
 """The methods that `strategy.method` may name."""
 
 

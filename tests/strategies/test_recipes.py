@@ -1,5 +1,6 @@
 """Recipes: each is the published method's stages, and what does not fit together is refused."""
 
+import dataclasses
 import inspect
 
 import pytest
@@ -15,7 +16,7 @@ from fedclip.sampling import Poisson
 from fedclip.schedules import Schedule
 from fedclip.stages import gaussian, local_sgd, poisson
 from fedclip.transform import chain
-from strategies.recipes import RECIPES, build_method, deep_gradient_compression, fedavg, fedopt, pfl4asr, resolve, stages
+from strategies.recipes import RECIPES, build_method, deep_gradient_compression, fedavg, fedopt, pfl4asr, resolve, scaffold, stages
 
 SAMPLER, LOCAL, NOISE = poisson(100, 20.0), local_sgd(lr=0.1, steps=2), gaussian(0.7)
 ONE = Schedule.of(1.0)
@@ -44,7 +45,17 @@ def test_fedavg_with_clip_and_noise_is_dp_fedavg():
     assert method.weighting == "uniform"
 
 
-@pytest.mark.parametrize("name", ["fedavg", "fedopt", "deep_gradient_compression"])
+def test_scaffold_is_fedavg_of_uniform_weights_with_control_variates():
+    method = scaffold(sampler=SAMPLER, local=LOCAL, mechanism=NOISE, max_norm=0.5)
+    assert method.stateful
+    plain = fedavg(sampler=SAMPLER, local=LOCAL, mechanism=NOISE, max_norm=0.5)
+    assert dataclasses.replace(method, control=False) == plain
+    listed = {"client": [{"clip_by_global_norm": {"max_norm": 0.5}}], "server": [{"sgd": {"lr": 1.0}}]}
+    assert stages(sampler=SAMPLER, local=LOCAL, mechanism=NOISE, control=True, **listed) == method
+    assert scaffold(sampler=SAMPLER, local=LOCAL).client == chain()
+
+
+@pytest.mark.parametrize("name", ["fedavg", "fedopt", "deep_gradient_compression", "scaffold"])
 def test_noise_without_a_clip_is_refused(name):
     with pytest.raises(ValueError, match="must clip"):
         RECIPES[name](sampler=SAMPLER, local=LOCAL, mechanism=NOISE)
