@@ -48,10 +48,9 @@ def test_it_has_the_bits_of_torchs_optimizer(vision: Path, optimizer: str) -> No
     assert torch.equal(engine.state.params, reference.state.params)
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "lamb"])
-def test_rounds_stopped_and_gone_on_with_have_the_same_bits(vision: Path, tmp_path: Path, optimizer: str) -> None:
+def test_rounds_stopped_and_gone_on_with_have_the_same_bits(vision: Path, tmp_path: Path) -> None:
     once, twice = tmp_path / "once", tmp_path / "twice"
-    options = ["--set", f"central.optimizer={optimizer}", "--set", "central.lr={value=0.01, decay='step', start=2, every=1}"]
+    options = ["--set", "central.optimizer=lamb", "--set", "central.lr={value=0.01, decay='step', start=2, every=1}"]
     assert run(*central(vision, once, *options, "--rounds", "5"))[0] == 0
     assert run(*central(vision, twice, *options, "--rounds", "3"))[0] == 0
     status, output = run("train-central", "--resume", twice, "--rounds", "5")

@@ -105,10 +105,10 @@ def test_it_finds_the_optimum_that_many_local_steps_of_fedavg_miss():
     everyone = FixedSize(USERS, USERS)
     far = {}
     for recipe in (fedavg, scaffold):
-        state = rounds_of(recipe(sampler=everyone, local=local(steps=30)), 60)[-1][0]
+        state = rounds_of(recipe(sampler=everyone, local=local(steps=20)), 30)[-1][0]
         far[recipe] = float(np.linalg.norm(state.params.numpy() - BEST))
     assert far[fedavg] > 0.3, "users of unlike curvature pull the mean of their own optima away from the optimum of the mean"
-    assert far[scaffold] < 1e-3
+    assert far[scaffold] < 2e-3
 
 
 @pytest.mark.parametrize("client", [[{"clip_by_global_norm": {"max_norm": 0.3}}], [{"clip_per_layer": {"max_norm": 0.3}}, {"sign": {}}]])
