@@ -28,7 +28,7 @@ def check_local(local: LocalSGD) -> None:
         )
     if local.steps is None:
         raise ValueError(
-            f"Control variates need the same number of local steps for all users, got epochs = {local.epochs}; set local.steps."
+            f"Control variates need the same number of local steps for all users, got epochs = {local.epochs}; give local.steps."
         )
 
 
