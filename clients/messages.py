@@ -48,9 +48,10 @@ class EvaluateRequest:
     device: str
 
 
-def model_record(params: bytes) -> ArrayRecord:
-    """Return the record of an encoded model, to be shared by the messages of a round."""
-    return ArrayRecord({"model": _bytes_array(params)})
+def model_record(params: bytes, control: bytes = b"") -> ArrayRecord:
+    """Return the record of an encoded model, and of a control variate where there is one, to be shared by the messages of a round."""
+    vectors = {"model": params} | ({"control": control} if control else {})
+    return ArrayRecord({name: _bytes_array(vector) for name, vector in vectors.items()})
 
 
 def model_bytes(arrays: ArrayRecord) -> bytes:
@@ -70,7 +71,9 @@ def train_request(
 def read_train_request(content: RecordDict) -> TrainRequest:
     """Return the training request of a message's content."""
     config = content.config_records["request"]
-    spec = RoundSpec.from_shared(json.loads(_text(config, "spec")), model_bytes(content.array_records["model"]))
+    vectors = content.array_records["model"]
+    control = _payload(vectors, "control") if "control" in vectors else b""
+    spec = RoundSpec.from_shared(json.loads(_text(config, "spec")), model_bytes(vectors), control)
     task, device, reply, states = (_text(config, key) for key in ("task", "device", "reply", "states"))
     return TrainRequest(spec, _unpack_blocks(config), task, device, reply, states)
 

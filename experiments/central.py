@@ -1,15 +1,13 @@
 """The central baseline: the same task, users and batches as a federated run, every batch one step of one optimizer."""
 
 import logging
-from collections.abc import Callable, Iterator
-from typing import Any
-
-import torch
+from collections.abc import Callable
 
 from experiments.engines import secret_of
 from experiments.prepare import Prepared
 from fedclip.client import Site, evaluate_units
 from fedclip.config import CentralOptions
+from fedclip.inplace import InPlace, clip_factor
 from fedclip.layout import Layout
 from fedclip.method import ServerState
 from fedclip.replica import Replica
@@ -23,14 +21,14 @@ log = logging.getLogger(__name__)
 
 
 class Central:
-    """Central training as an engine: a round draws the cohort of the federated run, and takes each batch of each user as a step.
+    """Central training as an engine: a round draws the cohort of the federated run, and takes each step of each user with one optimizer.
 
     Nothing is clipped but gradients, nothing is noised, and no bytes are sent.
     """
 
+    command = "train-central"
     account = None
     keep: Callable[[Released], None] | None = None
-    resumable = False
     workers = 1
 
     def __init__(self, prepared: Prepared) -> None:
@@ -41,8 +39,8 @@ class Central:
 
     @property
     def state(self) -> ServerState:
-        """The parameters after the last round; the optimizer's state is not in it."""
-        return ServerState(self._site.replica.params.detach().cpu().clone(), None, self._rounds)
+        """The parameters after the last round, and the optimizer's state."""
+        return ServerState(self._site.replica.params.detach().cpu().clone(), self._optimizer.state, self._rounds)
 
     @property
     def layout(self) -> Layout:
@@ -51,11 +49,10 @@ class Central:
 
     def round(self) -> Outcome:
         """Train on one cohort, and return what was measured of it; a user whose data or training raises is left out, and counted."""
-        prepared, model = self._prepared, self._site.replica.model
+        prepared, replica = self._prepared, self._site.replica
         streams = Streams(secret_of(prepared), run_digest(prepared.experiment), self._rounds + 1)
-        for group in self._optimizer.param_groups:
-            group["lr"] = Schedule.of(prepared.experiment.central.lr)(streams.round)
-        model.train()
+        replica.load(replica.params)  # as after a restart: batch statistics are not in a checkpoint
+        replica.model.train()
         tallies, errors = list[Tally](), list[str]()
         for user in prepared.method.sampler.draw(streams.generator("cohort")):
             try:
@@ -76,8 +73,9 @@ class Central:
         raise NotImplementedError("Central training releases nothing that could be replayed.")
 
     def restore(self, state: ServerState) -> None:
-        """Start from other parameters."""
+        """Go on from another state."""
         self._site.replica.load(state.params)
+        self._optimizer.state, self._rounds = state.server, state.round
 
     def evaluate(self) -> dict[str, float]:
         """Return the metrics of the current model on all held-out units."""
@@ -86,24 +84,18 @@ class Central:
         return task.summarise([c for _, c in counts], 0)
 
     def _user(self, user: int, streams: Streams) -> Tally:
-        replica, task, clip_norm = self._site.replica, self._site.task, self._prepared.method.local.clip_norm
-        losses = []
+        replica, task, local = self._site.replica, self._site.task, self._prepared.method.local
+        lr, losses = Schedule.of(self._prepared.experiment.central.lr)(streams.round), list[float]()
         with streams.torch_seeded("training", user, self._prepared.experiment.run.device):
-            for batch in self._batches(user, streams):
-                replica.grads.zero_()
-                loss = task.loss(replica.model, batch)
-                loss.backward()  # type: ignore[no-untyped-call]
-                if clip_norm is not None:
-                    torch.nn.utils.clip_grad_norm_([replica.flat], clip_norm)
-                self._optimizer.step()
-                losses.append(float(loss.detach()))
+            examples = task.load_user(user, streams.generator("data", user))
+            for of_step, finite in local.gradients(replica, task, examples, streams.generator("batches", user)):
+                losses += [float(loss) for loss in of_step]
+                if finite:
+                    replica.grads.mul_(clip_factor(replica.grads, local.clip_norm))
+                    self._optimizer.step(lr)
         return {"users": 1.0, "train_loss": sum(losses) / len(losses), "losses": 1.0} if losses else {"users_without_data": 1.0}
 
-    def _batches(self, user: int, streams: Streams) -> Iterator[Any]:
-        examples = self._prepared.task.load_user(user, streams.generator("data", user))
-        return self._prepared.method.local.batches(self._prepared.task, examples, streams.generator("batches", user))
 
-
-def _optimizer(replica: Replica, options: CentralOptions) -> torch.optim.Optimizer:
-    """Return the optimizer; its rate is set anew each round."""
-    return torch.optim.Adam([replica.flat]) if options.optimizer == "adam" else torch.optim.SGD([replica.flat])
+def _optimizer(replica: Replica, options: CentralOptions) -> InPlace:
+    """Return the optimizer; Adam is AdamW without decay."""
+    return InPlace(replica, "adamw" if options.optimizer == "adam" else options.optimizer, weight_decay=options.weight_decay)

@@ -21,7 +21,8 @@ app.add_typer(bench, name="bench")
 
 T = TypeVar("T")
 
-ExperimentFile = Annotated[Path, typer.Argument(metavar="EXPERIMENT.toml", help="the experiment file", show_default=False)]
+ExperimentFile = Annotated[Path | None, typer.Argument(metavar="EXPERIMENT.toml", help="the experiment file", show_default=False)]
+Resume = Annotated[Path | None, typer.Option(metavar="RUN", help="go on with the run in this folder", show_default=False)]
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=C", help="set a key of the file anew; may be repeated", show_default=False)
 ]
@@ -63,8 +64,8 @@ def _fedclip() -> None:
 
 @app.command()
 def run(
-    experiment: Annotated[Path | None, typer.Argument(metavar="EXPERIMENT.toml", help="the experiment file", show_default=False)] = None,
-    resume: Annotated[Path | None, typer.Option(metavar="RUN", help="go on with the run in this folder", show_default=False)] = None,
+    experiment: ExperimentFile = None,
+    resume: Resume = None,
     set_: Set = None,
     rounds: Rounds = None,
     data_dir: DataDir = None,
@@ -79,25 +80,16 @@ def run(
 
     Exit status: 0 done, 1 too many users failed, 2 bad input, 130 interrupted.
     """
-    if (experiment is None) == (resume is None):
-        _refuse("Give an experiment file, or --resume with a run folder.")
-    if resume is not None:
-        if out is not None or seed is not None:
-            _refuse("--resume: a run stays in its folder and keeps its seed; leave out --out and --seed.")
-        overrides = [*(set_ or []), *_said(rounds=rounds, workers=workers)]
-        again = _guarded(lambda: read_run(resume, overrides, data_dir))
-        from experiments.commands import run_command
-
-        raise typer.Exit(_guarded(lambda: run_command(again, resume, quiet, resume=True)))
-    checked = _read(cast(Path, experiment), set_, data_dir, rounds=rounds, out=out, seed=seed, workers=workers)
+    checked, path = _new_or_resumed("run", experiment, resume, set_, data_dir, rounds=rounds, out=out, seed=seed, workers=workers)
     from experiments.commands import run_command
 
-    raise typer.Exit(_guarded(lambda: run_command(checked, run_folder(checked), quiet)))
+    raise typer.Exit(_guarded(lambda: run_command(checked, path, quiet, resume is not None)))
 
 
 @app.command("train-central")
 def train_central(
-    experiment: ExperimentFile,
+    experiment: ExperimentFile = None,
+    resume: Resume = None,
     set_: Set = None,
     rounds: Rounds = None,
     data_dir: DataDir = None,
@@ -105,16 +97,16 @@ def train_central(
     seed: Seed = None,
     quiet: Quiet = False,
 ) -> None:
-    """Train the same model centrally, on the batches that a federated run takes: the baseline.
+    """Train the same model centrally, on the batches that a federated run takes: the baseline, or a model to begin with.
 
     The same cohorts are drawn, and each batch of each user is one step of the optimizer in the section `central`.
 
-    Example: `fedclip train-central experiments/vision.toml`
+    Examples: `fedclip train-central experiments/vision.toml`, `fedclip train-central --resume runs/mine --rounds 400`
     """
-    checked = _read(experiment, set_, data_dir, rounds=rounds, out=out, seed=seed)
+    checked, path = _new_or_resumed("train-central", experiment, resume, set_, data_dir, rounds=rounds, out=out, seed=seed)
     from experiments.commands import central_command
 
-    raise typer.Exit(_guarded(lambda: central_command(checked, run_folder(checked, "-central"), quiet)))
+    raise typer.Exit(_guarded(lambda: central_command(checked, path, quiet, resume is not None)))
 
 
 @app.command()
@@ -221,6 +213,20 @@ def bench_wire(
     from experiments.bench import wire_command
 
     raise typer.Exit(_guarded(lambda: wire_command(size, density, json)))
+
+
+def _new_or_resumed(
+    command: str, experiment: Path | None, resume: Path | None, overrides: list[str] | None, data_dir: Path | None, **run_options: object
+) -> tuple[Experiment, Path]:
+    """Return what is to be run, and its run folder: a new one, or that of the run to go on with."""
+    if (experiment is None) == (resume is None):
+        _refuse("Give an experiment file, or --resume with a run folder.")
+    if resume is None:
+        checked = _read(cast(Path, experiment), overrides, data_dir, **run_options)
+        return checked, run_folder(checked, "" if command == "run" else "-central")
+    if run_options["out"] is not None or run_options["seed"] is not None:
+        _refuse("--resume: a run stays in its folder and keeps its seed; leave out --out and --seed.")
+    return _guarded(lambda: read_run(resume, [*(overrides or []), *_said(**run_options)], data_dir, command)), resume
 
 
 def _read(file: Path, overrides: list[str] | None, data_dir: Path | None, **run_options: object) -> Experiment:

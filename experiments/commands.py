@@ -64,14 +64,15 @@ def check_room(prepared: Prepared, path: Path, resume: bool = False) -> str:
     return said
 
 
-def central_command(experiment: Experiment, path: Path, quiet: bool) -> int:
-    """Train the central baseline and return the exit status."""
-    prepared = prepare(experiment)
+def central_command(experiment: Experiment, path: Path, quiet: bool, resume: bool = False) -> int:
+    """Train the central baseline, or go on with the one in a folder, and return the exit status. SIGTERM ends it in order."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    prepared = prepare(experiment, resume=resume)
     # What is recorded is a run without noise; the baseline's cohorts are those of the experiment as it stands.
     public = dataclasses.replace(prepared, method=dataclasses.replace(prepared.method, release=Release()))
     with Reporter(experiment.run.rounds, quiet) as reporter:
         say_skipped(prepared, reporter)
-        return run_rounds(public, Central(prepared), path, reporter)
+        return run_rounds(public, Central(prepared), path, reporter, resume)
 
 
 def evaluate_command(model: Path, overrides: list[str], data_dir: Path | None, as_json: bool) -> int:

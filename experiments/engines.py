@@ -25,12 +25,12 @@ class Engine(Protocol):
 
     Attributes:
         keep: makes what was released durable before the server step; None: nothing does.
-        resumable: whether a run can go on from the engine's `state`.
+        command: of `fedclip`, which makes such runs and goes on with them.
         workers: how many processes train users at a time.
     """
 
     keep: Callable[[Released], None] | None
-    resumable: bool
+    command: str
     workers: int
 
     @property
@@ -68,7 +68,7 @@ class OnGrid:
         states: the folder, shared by all workers, of what the client chain keeps of users.
     """
 
-    resumable = True
+    command = "run"
 
     def __init__(self, prepared: Prepared, grid: "Grid", account: Account | None = None, states: Path | None = None) -> None:
         from strategies.federated import Federated

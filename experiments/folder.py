@@ -42,6 +42,7 @@ class RunFolder:
     Args:
         path: where.
         experiment: what is run, resolved.
+        command: of `fedclip`, which makes the run and goes on with it.
         resume: go on with the run that is there, which is only locked until `start`; otherwise the folder is made anew, and one that
             holds a run is refused.
         storage: the disk.
@@ -50,7 +51,9 @@ class RunFolder:
         ConfigError: the folder holds a run already, or none to go on with; another process has it; or it cannot be written.
     """
 
-    def __init__(self, path: Path, experiment: Experiment, *, resume: bool = False, storage: Storage | None = None) -> None:
+    def __init__(
+        self, path: Path, experiment: Experiment, command: str = "run", *, resume: bool = False, storage: Storage | None = None
+    ) -> None:
         self.path, self._experiment, self._storage = path, experiment, storage or Storage()
         self._board: SummaryWriter | None = None
         if not resume:
@@ -59,7 +62,7 @@ class RunFolder:
             (path / CHECKPOINTS).mkdir(parents=True, exist_ok=resume)
             self._lock = lock(path)
             if not resume:
-                write_atomically(path / "environment.json", json.dumps(environment(experiment), indent=2) + "\n")
+                write_atomically(path / "environment.json", json.dumps(environment(experiment) | {"command": command}, indent=2) + "\n")
                 self._storage.write(path / METRICS, [])
                 self.start()
         except OSError as error:

@@ -91,8 +91,8 @@ class Reporter:
         elif not self._quiet:
             self._line(row, cells, "eval_loss" in row)
 
-    def end(self, summary: dict[str, Any], path: Path, errors: list[str], can_resume: bool = False) -> None:
-        """Say how the run ended, where its folder is, and how to go on with it."""
+    def end(self, summary: dict[str, Any], path: Path, errors: list[str], resume_by: str | None = None) -> None:
+        """Say how the run ended, where its folder is, and the command to go on with it where there is something left to do."""
         if self._live is not None:
             self._live.stop()
         failed = summary["failed_users_total"]
@@ -111,8 +111,8 @@ class Reporter:
         if "privacy" in summary:
             self._console.print(summary["privacy"], highlight=False, soft_wrap=True)
         self._console.print(f"run folder: {path}", highlight=False, soft_wrap=True)
-        if can_resume:
-            self._console.print(f"to go on: fedclip run --resume {shlex.quote(str(path))}", highlight=False, soft_wrap=True)
+        if resume_by is not None:
+            self._console.print(f"to go on: fedclip {resume_by} --resume {shlex.quote(str(path))}", highlight=False, soft_wrap=True)
 
     def _cells(self, row: dict[str, Any], seconds: float) -> tuple[str, ...]:
         for key, name in (("wer", "WER"), ("accuracy", "accuracy")):

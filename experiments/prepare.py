@@ -158,11 +158,12 @@ def prepare(experiment: Experiment, *, resume: bool = False) -> Prepared:
     return Prepared(experiment, recipe, task, method, initial, startup)
 
 
-def read_run(run: Path, overrides: list[str], data_dir: Path | None = None) -> Experiment:
-    """Return the experiment of a run folder that is to be gone on with. Imports no PyTorch.
+def read_run(run: Path, overrides: list[str], data_dir: Path | None = None, command: str = "run") -> Experiment:
+    """Return the experiment of a run folder that is to be gone on with by a command of `fedclip`. Imports no PyTorch.
 
     Raises:
-        ConfigError: there is no run, its configuration was changed since it began, or a key is set anew that makes it another run.
+        ConfigError: there is no run, another command made it, its configuration was changed since it began, or a key is set anew that
+            makes it another run.
     """
     file = run / "config.toml"
     if not file.is_file():
@@ -177,9 +178,12 @@ def read_run(run: Path, overrides: list[str], data_dir: Path | None = None) -> E
             f"{', '.join(MAY_CHANGE)} may change."
         )
     try:
-        began = json.loads((run / "environment.json").read_text(encoding="utf-8"))["run"]
+        environment = json.loads((run / "environment.json").read_text(encoding="utf-8"))
+        began, made_by = environment["run"], environment.get("command", "run")
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"--resume: {run / 'environment.json'} does not say which run this is: {error!r}.") from error
+    if made_by != command:
+        raise ConfigError(f"--resume: {run} was made by fedclip {made_by}; go on with it by fedclip {made_by} --resume {run}.")
     if began != run_digest(before):
         raise ConfigError(f"--resume: {file} was changed since the run began; put back what it said, or start a new run from it.")
     return experiment

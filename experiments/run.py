@@ -53,7 +53,7 @@ class Run:
 
     def __init__(self, prepared: Prepared, engine: Engine, path: Path, *, resume: bool = False, storage: Storage | None = None) -> None:
         self.prepared, self.engine, self.path, self._storage = prepared, engine, path, storage or Storage()
-        self.folder = RunFolder(path, prepared.experiment, resume=resume, storage=self._storage)
+        self.folder = RunFolder(path, prepared.experiment, engine.command, resume=resume, storage=self._storage)
         self.progress = Progress()
         self._pending: Released | None = None
         self._checkpoints = Checkpoints(path / CHECKPOINTS, run_digest(prepared.experiment), self._storage)
@@ -96,7 +96,7 @@ class Run:
         a line and no release it is drawn anew, as another attempt, and both count.
         """
         engine = self.engine
-        point = self._checkpoints.last(self.prepared.method.server.init(engine.layout))
+        point = self._checkpoints.last(engine.state.server)
         next_round, account, attempts = point.state.round + 1, engine.account, 0
         if account is not None:
             account.verify(point.charges, point.head, point.state.round)
@@ -135,8 +135,6 @@ class Run:
         return row
 
     def _save(self, metrics_bytes: int) -> None:
-        if not self.engine.resumable:
-            return
         account = self.engine.account
         notes = {"metrics_bytes": metrics_bytes, "progress": self.progress.plain() | {"seconds": self.seconds}}
         point = Checkpoint(self.engine.state, len(account.charges) if account else 0, account.head if account else "", notes)
@@ -195,7 +193,7 @@ def run_rounds(prepared: Prepared, engine: Engine, path: Path, reporter: Reporte
         progress.errors.insert(0, f"the end of the run could not be written: {error}")
         summary["status"] = status
     run.folder.close()
-    reporter.end(summary, path, progress.errors, can_resume=engine.resumable and status in ("interrupted", "failed"))
+    reporter.end(summary, path, progress.errors, engine.command if status in ("interrupted", "failed") else None)
     return {"done": DONE, "budget spent": DONE, "interrupted": INTERRUPTED}.get(status, CHECK_FAILED)
 
 

@@ -68,6 +68,7 @@ class Checkpoints:
             "notes": point.notes,
         }
         tensors |= {} if state.average is None else {"average": state.average}
+        tensors |= {} if state.control is None else {"control": state.control}
         tensors |= {"params": state.params} | ({} if state.sent is None else {f"sent.{k}": v for k, v in vars(state.sent).items()})
         write_sealed(self._storage, self._checkpoint(state.round), CHECKPOINT, data, tensors)
         rounds = [r for r in self.rounds() if r <= state.round]
@@ -149,7 +150,13 @@ class Checkpoints:
         sent = {name.partition(".")[2]: tensor for name, tensor in tensors.items() if name.startswith("sent.")}
         downlink = Sent(**sent) if sent else None
         state = ServerState(
-            tensors["params"], server, round, thresholds=tuple(data["thresholds"]), sent=downlink, average=tensors.get("average")
+            tensors["params"],
+            server,
+            round,
+            thresholds=tuple(data["thresholds"]),
+            sent=downlink,
+            average=tensors.get("average"),
+            control=tensors.get("control"),
         )
         return Checkpoint(state, data["charges"], data["head"], data["notes"])
 

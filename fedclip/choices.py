@@ -31,3 +31,9 @@ Memory = Literal["user", "none"]
 
 Precision = Literal["float32", "float16", "int8"]
 """What values are sent as."""
+
+LocalOptimizer = Literal["sgd", "adamw", "lamb"]
+"""How a local gradient becomes a step."""
+
+Arithmetic = Literal["float32", "bfloat16", "float16"]
+"""What forward and backward passes compute in; parameters and their steps stay float32."""

@@ -3,7 +3,6 @@
 Decoding and guarding happen wherever the raw sum is formed: on the worker that trained the users, or on the server.
 """
 
-import dataclasses
 import logging
 import math
 import time
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 
 from fedclip.codec import Codec, WireError
+from fedclip.control import fresh_state, gradients_moved, next_of_user
 from fedclip.fold import Fold
 from fedclip.layout import Layout
 from fedclip.local import LocalSGD
@@ -85,16 +85,22 @@ class Client:
 
     def __init__(self, site: Site, spec: RoundSpec, states: UserStates | None = None) -> None:
         self.site, self.layout = site, site.replica.layout
-        self.spec = dataclasses.replace(spec, params=b"")  # decoded below, and not needed again: of a large model it is gigabytes
+        self.spec = spec.without_vectors()  # decoded below, and not needed again
         self.local: LocalSGD = build_stage(spec.local)
         self.chain = Chain(tuple(build_stage(s) for s in spec.client))
         self.wire = Wire.of(spec, self.chain, self.layout)
         self.codec: Codec = self.wire.codec
-        self.fresh = self.chain.init(self.layout)
+        self.fresh = fresh_state(self.chain, self.layout, bool(spec.control))
         self.states = states if has_content(self.fresh) else None
         if states is None and has_content(self.fresh):
-            raise ValueError(f"{self.chain.name} keeps a state for each user, and there is no place to keep it; give a folder for it.")
-        self.params = to_dense(self.codec.decode(spec.params, self.layout), self.layout).to(site.replica.params.device)
+            keeper = "a control variate" if spec.control else self.chain.name
+            raise ValueError(f"{keeper} keeps a state for each user, and there is no place to keep it; give a folder for it.")
+        self.params = self._vector(spec.params)
+        self.control = self._vector(spec.control) if spec.control else None
+
+    def _vector(self, payload: bytes) -> torch.Tensor:
+        """Return a vector that the server sent, where users train."""
+        return to_dense(self.codec.decode(payload, self.layout), self.layout).to(self.site.replica.params.device)
 
     def contributions(self, blocks: Iterable[Block]) -> Iterator[tuple[int, Contribution]]:
         """Train the users of some blocks one after another, and yield each one's block and contribution.
@@ -140,9 +146,13 @@ class Client:
         if not len(examples):
             return Contribution(user, None, 0.0, {"users_without_data": 1.0, **left_out}, _said_of(examples))
         start = time.perf_counter()
+        state, own = self._remembered(user), None
+        if self.control is not None:
+            state, own = state[0], state[1].to(self.control.device)
+        correction = None if self.control is None or own is None else self.control - own
         replica.load(self.params)
         with streams.torch_seeded("training", user, str(replica.params.device)):
-            loss = self.local.train(replica, self.site.task, examples, streams.generator("batches", user))
+            loss = self.local.train(replica, self.site.task, examples, streams.generator("batches", user), correction)
         trained = time.perf_counter()
         # In the place of the parameters, which the next user's training sets anew: of a large model a vector is gigabytes.
         update, finite = finite_or_zero(Dense(torch.sub(self.params, replica.params, out=replica.params)))
@@ -150,13 +160,16 @@ class Client:
         if self.spec.private:
             update = scale(update, weight)
         ctx = Ctx(self.layout, streams.generator("chain", user), streams.round, self.params, weight, self.wire.support)
-        state = self._remembered(user)
         step = self.chain.apply(update, state, ctx)
         if self.chain.guard is None:
             self.spec.grid.check(step.update, weight)  # what the sum would refuse must not count as sent
         payload = self.wire.encode(step.update)
         if self.states is not None:
-            after = halved(step.state) if self.spec.half_states else apart(step.state, replica.params)
+            after = step.state
+            if self.control is not None and own is not None:
+                sent = to_dense(step.update, self.layout).to(own.device)
+                after = (after, next_of_user(own, self.control, sent, gradients_moved(self.local)).cpu())
+            after = halved(after) if self.spec.half_states else apart(after, replica.params)
             self.states.stage(user, streams.round, streams.attempt, after)
         bits = pack_bits(step.clip_bits) if self.spec.clip_bits else b""
         tally: Tally = {"users": 1.0, "uplink_bytes": float(len(payload) + len(bits)), "not_finite": float(not finite), **left_out}

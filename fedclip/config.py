@@ -140,11 +140,19 @@ class EvaluationOptions(Options):
 class CentralOptions(Options):
     """The central baseline of `fedclip train-central`: the same users' batches in the same order, one optimizer step each.
 
-    Gradients are clipped as `[local]` says; the rate may be a schedule by round.
+    Gradients are clipped, accumulated and computed as `[local]` says; the rate may be a schedule by round.
     """
 
-    optimizer: Literal["adam", "sgd"] = "adam"
+    optimizer: Literal["adam", "sgd", "adamw", "lamb"] = "adam"
     lr: Rate = 1e-3
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """`adamw` and `lamb` only."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.weight_decay and self.optimizer not in ("adamw", "lamb"):
+            raise ValueError(f"expected central.weight_decay with the optimizers adamw and lamb only, got {self.optimizer}")
+        return self
 
 
 class RayOptions(Options):

@@ -10,6 +10,7 @@ from fedclip.adaptive import AdaptiveClip
 from fedclip.choices import Weighting
 from fedclip.clipping import ClipByGlobalNorm, ClipPerLayer
 from fedclip.codec import Codec, DenseCodec
+from fedclip.control import check_local, fresh_state
 from fedclip.downlink import Downlink, Sent
 from fedclip.layout import Layout
 from fedclip.local import LocalSGD
@@ -46,12 +47,14 @@ class Method:
         double_momentum: allow momentum on both sides of one tensor.
         adaptive: how the bounds of the last clip move; None: they stay.
         downlink: how the model goes down to clients.
-        half_states: keep what the client chain remembers of users as float16.
+        half_states: keep what is remembered of users as float16.
+        control: SCAFFOLD's control variates, one for each user and one on the server; see `fedclip.control`.
 
     Raises:
         ValueError: under noise, a chain without a clip or with a stage after its last clip that bounds nothing; a chain with
             state where a user's coming depends on others; weights without a limit under noise; adaptive bounds where the
-            last stage that clips is no plain clip; momentum on both sides of the same tensor; a server chain
+            last stage that clips is no plain clip; control variates with weights by examples or without plain local steps of a fixed
+            number; momentum on both sides of the same tensor; a server chain
             that does not end with an optimizer.
     """
 
@@ -67,20 +70,29 @@ class Method:
     adaptive: AdaptiveClip | None = None
     downlink: Downlink = field(default_factory=Downlink)
     half_states: bool = False
+    control: bool = False
 
     def __post_init__(self) -> None:
         if not self.server.stages or not isinstance(self.server.stages[-1], Optimizer):
-            raise ValueError(f"Expected a server chain that ends with an optimizer, got {self.server.name}; end it with sgd, adam or lamb.")
+            raise ValueError(
+                f"Expected a server chain that ends with an optimizer, got {self.server.name}; "
+                "end it with sgd, adam, lamb, lars, yogi or adagrad."
+            )
         self._check_mask()
+        if self.control:
+            check_local(self.local)
+            if self.weighting != "uniform":
+                raise ValueError(f"Control variates need uniform weights, got '{self.weighting}'; set weighting = 'uniform'.")
         if self.private:
             self._check_private()
         if self.adaptive is not None and _plain_clip(self.client) is None:
             raise ValueError(
                 f"Adaptive bounds need clip_by_global_norm, or clip_per_layer in mode clip, as the last clip; {self.client.name} has none."
             )
-        both = [n for n in (1, 2) if self.server.has_momentum(n) and (self.local.momentum > 0 or self.client.has_momentum(n))]
+        both = [n for n in (1, 2) if self.server.has_momentum(n) and (self.local.has_momentum or self.client.has_momentum(n))]
         if both and not self.double_momentum:
-            client = f"local_sgd (momentum {self.local.momentum})" if self.local.momentum > 0 else self.client.name
+            of_local = f"momentum {self.local.momentum}" if self.local.momentum else f"{self.local.optimizer}, betas {self.local.betas}"
+            client = f"local_sgd ({of_local})" if self.local.has_momentum else self.client.name
             raise ValueError(
                 f"Momentum on both sides of the same tensors: {client} on the client and {self.server.name} on the server; "
                 "take one away, or set double_momentum = true if you mean it."
@@ -93,8 +105,17 @@ class Method:
 
     @property
     def stateful(self) -> bool:
-        """Whether the client chain keeps a state for each user."""
-        return has_content(self.client.init(PROBE))
+        """Whether something is kept of each user between rounds."""
+        return has_content(self.user_state(PROBE))
+
+    @property
+    def keeper(self) -> str:
+        """What keeps it, for messages."""
+        return f"{self.client.name} with control variates" if self.control else self.client.name
+
+    def user_state(self, layout: Layout) -> State:
+        """Return what is kept of a user that was never seen."""
+        return fresh_state(self.client, layout, self.control)
 
     def bound(self, layout: Layout) -> Bound:
         """Return the bound on one user's update that the guard enforces."""
@@ -160,7 +181,7 @@ class Method:
         everyone = isinstance(self.sampler, FixedSize) and self.sampler.rate == 1  # no amplification is claimed
         if self.stateful and not (poisson or everyone):
             raise ValueError(
-                f"{self.client.name} keeps a state for each user, and under noise that needs each user to come by a coin of its own; "
+                f"{self.keeper} keeps a state for each user, and under noise that needs each user to come by a coin of its own; "
                 f"{self.sampler.name} sampling ties users to each other: use Poisson sampling without max_cohort."
             )
         if self.weighting == "examples" and self.max_examples is None:
@@ -181,6 +202,7 @@ class ServerState:
         thresholds: the bounds of the next round's last clip, where they adapt.
         sent: what clients have of the model, where it goes down as differences.
         average: of what was released, by coordinate, shape (d,), where a common mask follows it.
+        control: the server's control variate, shape (d,); None without, and before the first round, when it is zero.
     """
 
     params: torch.Tensor
@@ -190,6 +212,7 @@ class ServerState:
     thresholds: tuple[float, ...] = ()
     sent: Sent | None = None
     average: torch.Tensor | None = None
+    control: torch.Tensor | None = None
 
     @classmethod
     def initial(cls, params: torch.Tensor, method: Method, layout: Layout) -> "ServerState":

@@ -12,7 +12,7 @@ from fedclip.choices import Grouping
 from fedclip.layout import Layout
 from fedclip.schedules import Schedule
 from fedclip.transform import UNBOUNDED, Bound, Ctx, State, Step, Transform
-from fedclip.update import Dense, Update, blockwise, layer_norms, times, to_dense
+from fedclip.update import Dense, Update, blockwise, layer_norms, scale_layers, times, to_dense
 
 
 class Optimizer(Transform):
@@ -180,3 +180,106 @@ class LAMB(Optimizer):
     def has_momentum(self, ndim: int) -> bool:
         """Return whether the first moment averages over rounds."""
         return self.betas[0] > 0
+
+
+@dataclass(frozen=True)
+class LARS(Optimizer):
+    """`b_h <- momentum b_h + lr trust r_h (g_h + weight_decay theta_h); step = b` (arXiv 1708.03888, Algorithm 1).
+
+    `r_h = ||theta_h|| / (||g_h|| + weight_decay ||theta_h||)`, the sum of the two norms as in the paper, and 1 where one is 0.
+
+    Attributes:
+        lr: server learning rate by round.
+        momentum: in [0, 1); the paper's is 0.9. It averages steps, so that a rate that falls does not reach back.
+        trust: the paper's eta: the norm of a layer's step over that of the layer, at a rate of 1 and without momentum.
+        weight_decay: pulls parameters to 0; the paper's beta.
+        layers: what a layer is: each tensor (the paper's) or each block.
+    """
+
+    stage_name: ClassVar[str] = "lars"
+    lr: Schedule
+    momentum: float = 0.9
+    trust: float = 1e-3
+    weight_decay: float = 0.0
+    layers: Grouping = "tensor"
+
+    def init(self, layout: Layout) -> State:
+        """Return a zero momentum, None where there is none."""
+        return torch.zeros(layout.size) if self.momentum else None
+
+    def apply(self, update: Update, state: State, ctx: Ctx) -> Step:
+        """Return the step and the next momentum; measures `trust_ratio` of each layer, without `trust`."""
+        layout = ctx.layout.grouped(self.layers)
+        g = to_dense(update, layout)
+        sizes, lengths = layer_norms(Dense(ctx.params), layout), layer_norms(Dense(g), layout)
+        if self.weight_decay:
+            g = g + self.weight_decay * ctx.params
+        ratios = tuple(t / (n + self.weight_decay * t) if t and n else 1.0 for t, n in zip(sizes, lengths, strict=True))
+        lr = self.lr(ctx.round) * self.trust
+        step = to_dense(scale_layers(Dense(g), layout, [lr * r for r in ratios]), layout)
+        buffer = step if state is None else self.momentum * state + step
+        return Step(Dense(buffer), None if state is None else buffer, {"trust_ratio": ratios})
+
+    def has_momentum(self, ndim: int) -> bool:
+        """Return whether steps are averaged over rounds."""
+        return self.momentum > 0
+
+
+@dataclass(frozen=True)
+class Yogi(Optimizer):
+    """`v <- v - (1 - b2) g^2 sign(v - g^2); step = lr m / (sqrt(v) + eps)` (FedYogi, arXiv 2003.00295, Algorithm 2).
+
+    As there, nothing corrects the bias of the averages, and v begins over 0.
+
+    Attributes:
+        lr: server learning rate by round.
+        betas: decay of the first and second moment.
+        eps: the paper's tau, outside the root.
+        initial: v before the first round; None: `eps^2`, the least that the paper allows.
+    """
+
+    stage_name: ClassVar[str] = "yogi"
+    lr: Schedule
+    betas: tuple[float, float] = (0.9, 0.99)
+    eps: float = 1e-3
+    initial: float | None = None
+
+    def init(self, layout: Layout) -> State:
+        """Return a zero first moment and the initial second one."""
+        return torch.zeros(layout.size), torch.full((layout.size,), self.eps**2 if self.initial is None else self.initial)
+
+    def apply(self, update: Update, state: State, ctx: Ctx) -> Step:
+        """Return the step and the next moments."""
+        g, (m, v), (b1, b2) = to_dense(update, ctx.layout), state, self.betas
+        m, v = m * b1 + g * (1 - b1), v - (1 - b2) * g * g * torch.sign(v - g * g)
+        return Step(Dense(m / (v.sqrt() + self.eps) * self.lr(ctx.round)), (m, v))
+
+    def has_momentum(self, ndim: int) -> bool:
+        """Return whether the first moment averages over rounds."""
+        return self.betas[0] > 0
+
+
+@dataclass(frozen=True)
+class Adagrad(Optimizer):
+    """`v <- v + g^2; step = lr g / (sqrt(v) + eps)` (FedAdagrad, arXiv 2003.00295, with its beta1 of 0).
+
+    Attributes:
+        lr: server learning rate by round.
+        eps: the paper's tau, outside the root.
+        initial: v before the first round; None: `eps^2`, the least that the paper allows.
+    """
+
+    stage_name: ClassVar[str] = "adagrad"
+    lr: Schedule
+    eps: float = 1e-3
+    initial: float | None = None
+
+    def init(self, layout: Layout) -> State:
+        """Return the initial sum of squares."""
+        return torch.full((layout.size,), self.eps**2 if self.initial is None else self.initial)
+
+    def apply(self, update: Update, state: State, ctx: Ctx) -> Step:
+        """Return the step and the next sum of squares."""
+        g = to_dense(update, ctx.layout)
+        v = state + g * g
+        return Step(Dense(g / (v.sqrt() + self.eps) * self.lr(ctx.round)), v)

@@ -32,13 +32,13 @@ class Replica:
             parameter.data = values.view(parameter.shape)
             parameter.grad = gradient.view(parameter.shape)
         self._buffers = [(b, b.clone()) for b in self.model.buffers()]
+        self._scratch: dict[str, torch.Tensor] = {}
 
-    @property
-    def flat(self) -> torch.nn.Parameter:
-        """The flat parameters and gradients as one parameter, for optimizers of torch."""
-        parameter = nn.Parameter(self.params, requires_grad=False)
-        parameter.grad = self.grads
-        return parameter
+    def scratch(self, name: str) -> torch.Tensor:
+        """Return a buffer of shape (d,), made at the first use of its name and the same from then on, with whatever was left in it."""
+        if name not in self._scratch:
+            self._scratch[name] = torch.empty_like(self.params)
+        return self._scratch[name]
 
     def load(self, params: torch.Tensor) -> None:
         """Start from `params`, shape (d,); buffers (batch statistics) go back to what they were when the replica was made."""

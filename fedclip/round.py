@@ -17,6 +17,7 @@ import torch
 
 from fedclip.account import Account
 from fedclip.client import Partial
+from fedclip.control import gradients_moved, next_of_server
 from fedclip.downlink import Sent
 from fedclip.fold import Fold, Grid
 from fedclip.layout import Layout
@@ -96,6 +97,10 @@ def begin(method: Method, state: ServerState, layout: Layout, secret: str, run: 
     download = method.downlink.send(state.params, state.sent, cohort, streams.round, layout, streams.generator("downlink"), method.codec)
     support = method.client.support(streams.round, layout, state.average) if state.average is not None else None
     told = pack_support(support, layout) if support is not None else b""
+    control = b""
+    if method.control:
+        at = state.control if state.control is not None else torch.zeros(layout.size)
+        control = method.codec.encode(Dense(at), layout)
     largest_weight = 1.0 if method.private or method.weighting == "uniform" else 2.0**16
     spec = RoundSpec(
         streams=streams,
@@ -110,10 +115,11 @@ def begin(method: Method, state: ServerState, layout: Layout, secret: str, run: 
         params=download.payload,
         half_states=method.half_states,
         support=told,
+        control=control,
     )
     size = max(1, math.ceil(method.sampler.expected_cohort / BLOCKS_A_COHORT))
     blocks = tuple((n, cohort[i : i + size]) for n, i in enumerate(range(0, len(cohort), size)))
-    return Plan(spec, blocks, download.total_bytes + len(told) * len(cohort), download.sent)
+    return Plan(spec, blocks, download.total_bytes + (len(told) + len(control)) * len(cohort), download.sent)
 
 
 def deal(blocks: Sequence[Block], workers: int, task: Task) -> list[list[Block]]:
@@ -189,9 +195,18 @@ def advance(method: Method, state: ServerState, layout: Layout, plan: Plan, rele
         sent = _sent_layers(method, layout, support_of(plan.spec, method.client, layout))
         thresholds = tuple(new if there else old for old, new, there in zip(thresholds, moved, sent, strict=True))
     average = _average(state.average, released.mean, support_of(plan.spec, method.client, layout)) if method.client.needs_average else None
-    after = ServerState(params, step.state, state.round + 1, thresholds=thresholds, sent=plan.sent, average=average)
+    control = _control(method, state, released) if method.control else None
+    after = ServerState(params, step.state, state.round + 1, thresholds=thresholds, sent=plan.sent, average=average, control=control)
     tally["server_seconds"] = time.perf_counter() - start
     return Outcome(after, tally, released.errors, released.attempt)
+
+
+def _control(method: Method, state: ServerState, released: Released) -> torch.Tensor:
+    """Return the server's next control variate; what the mean was divided by stands for the number of users."""
+    denominator = method.release.denominator
+    users = number(released.tally, "weight") if denominator == "weights" else denominator
+    before = torch.zeros_like(released.mean) if state.control is None else state.control
+    return next_of_server(before, released.mean, users / method.sampler.population, gradients_moved(method.local))
 
 
 def _sent_layers(method: Method, layout: Layout, support: torch.Tensor | None) -> list[bool]:

@@ -33,7 +33,7 @@ class InProcess:
         keep: makes what was released durable before the server step; None: nothing does.
     """
 
-    resumable = True
+    command = "run"
     workers = 1
 
     def __init__(
@@ -62,7 +62,7 @@ class InProcess:
         """Do one more round and return what it made."""
         plan = begin(self.method, self.state, self.layout, self._secret, self._run, self.account)
         # Of a large model each vector is gigabytes: nothing here may hold the model as it was sent, nor the sum.
-        told, plan = [plan.spec], dataclasses.replace(plan, spec=dataclasses.replace(plan.spec, params=b""))
+        told, plan = [plan.spec], dataclasses.replace(plan, spec=plan.spec.without_vectors())
         partials = (train_blocks(self.site, told.pop(), plan.blocks, self._states) for _ in range(1))
         outcome = finish(self.method, self.state, self.layout, plan, partials, self.account, self.keep)
         self.state = outcome.state

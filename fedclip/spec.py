@@ -33,6 +33,7 @@ class RoundSpec:
         params: the encoded model that everyone starts from.
         half_states: whether what the chain keeps of users is kept as float16.
         support: the coordinates that everyone sends, packed, where the chain needs to be told; empty otherwise.
+        control: the encoded control variate of the server, where users have control variates; empty otherwise.
     """
 
     streams: Streams
@@ -47,21 +48,27 @@ class RoundSpec:
     params: bytes
     half_states: bool = False
     support: bytes = b""
+    control: bytes = b""
 
     def shared(self) -> dict[str, Any]:
-        """Return everything but the parameters as plain data."""
-        data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "params"}
+        """Return everything but the vectors (parameters and control variate) as plain data."""
+        data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("params", "control")}
         plain = {"streams": dataclasses.asdict(self.streams), "grid": dataclasses.asdict(self.grid), "client": list(self.client)}
         return data | plain | {"support": base64.b64encode(self.support).decode("ascii")}
 
     @classmethod
-    def from_shared(cls, data: Mapping[str, Any], params: bytes) -> "RoundSpec":
-        """Return the specification that `shared` described."""
+    def from_shared(cls, data: Mapping[str, Any], params: bytes, control: bytes = b"") -> "RoundSpec":
+        """Return the specification that `shared` described, with its vectors."""
         rest = {"streams": Streams(**data["streams"]), "grid": Grid(**data["grid"]), "client": tuple(data["client"])}
-        return cls(**{**data, **rest, "support": base64.b64decode(data["support"])}, params=params)
+        return cls(**{**data, **rest, "support": base64.b64decode(data["support"])}, params=params, control=control)
+
+    def without_vectors(self) -> "RoundSpec":
+        """Return the same without parameters and control variate, for who has decoded them: of a large model they are gigabytes."""
+        return dataclasses.replace(self, params=b"", control=b"")
 
     @property
     def digest(self) -> str:
-        """A hash of all that is shared, the parameters included."""
+        """A hash of all that is shared, the vectors included."""
         text = json.dumps(self.shared(), sort_keys=True).encode()
-        return hashlib.blake2b(text + hashlib.blake2b(self.params).digest(), digest_size=16).hexdigest()
+        vectors = b"".join(hashlib.blake2b(v).digest() for v in (self.params, self.control))
+        return hashlib.blake2b(text + vectors, digest_size=16).hexdigest()

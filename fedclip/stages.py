@@ -10,7 +10,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
-from fedclip.choices import Extent, Grouping, Memory, Mode, NoiseSplit, Normalization, Precision, SmallTensors, Split
+from fedclip.choices import (
+    Arithmetic,
+    Extent,
+    Grouping,
+    LocalOptimizer,
+    Memory,
+    Mode,
+    NoiseSplit,
+    Normalization,
+    Precision,
+    SmallTensors,
+    Split,
+)
 from fedclip.doors import load_door
 from fedclip.options import check_arguments, unknown
 from fedclip.schedules import Schedule
@@ -20,7 +32,7 @@ if TYPE_CHECKING:
     from fedclip.codec import DenseCodec
     from fedclip.dgc import DGC
     from fedclip.local import LocalSGD
-    from fedclip.optimizers import LAMB, SGD, Adam
+    from fedclip.optimizers import LAMB, LARS, SGD, Adagrad, Adam, Yogi
     from fedclip.packed import PackedCodec
     from fedclip.quantize import Entropy, Fp16, Quantize, Sign
     from fedclip.release import Gaussian
@@ -160,6 +172,29 @@ def lamb(
     return LAMB(Schedule.of(lr), betas, eps, weight_decay, trust_bounds, layers)
 
 
+def lars(
+    lr: Rate, momentum: Fraction = 0.9, trust: Positive = 1e-3, weight_decay: NotNegative = 0.0, layers: Grouping = "tensor"
+) -> "LARS":
+    """Take a step of server LARS: SGD with momentum, each layer's step in proportion to the norm of the layer."""
+    from fedclip.optimizers import LARS
+
+    return LARS(Schedule.of(lr), momentum, trust, weight_decay, layers)
+
+
+def yogi(lr: Rate, betas: tuple[Fraction, Fraction] = (0.9, 0.99), eps: Positive = 1e-3, initial: NotNegative | None = None) -> "Yogi":
+    """Take a step of server Yogi: Adam whose second moment moves by as much as it is, whatever the difference."""
+    from fedclip.optimizers import Yogi
+
+    return Yogi(Schedule.of(lr), betas, eps, initial)
+
+
+def adagrad(lr: Rate, eps: Positive = 1e-3, initial: NotNegative | None = None) -> "Adagrad":
+    """Take a step of server Adagrad: by the root of the sum of all squares so far."""
+    from fedclip.optimizers import Adagrad
+
+    return Adagrad(Schedule.of(lr), eps, initial)
+
+
 def poisson(population: Count, cohort: Positive, max_cohort: Count | None = None, devices_per_user: Count = 1) -> "Poisson":
     """Take each of `population` users independently with probability `cohort / population`."""
     from fedclip.sampling import Poisson
@@ -181,11 +216,20 @@ def local_sgd(
     batch_size: Count = 8,
     clip_norm: Positive | None = None,
     momentum: Fraction = 0.0,
+    optimizer: LocalOptimizer = "sgd",
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999),
+    eps: Positive = 1e-8,
+    weight_decay: NotNegative = 0.0,
+    proximal: NotNegative = 0.0,
+    accumulate: Count = 1,
+    micro_batch: Count | None = None,
+    precision: Arithmetic = "float32",
 ) -> "LocalSGD":
-    """Train locally by plain SGD for a number of steps or epochs."""
+    """Train locally by SGD, AdamW or LAMB for a number of steps or epochs."""
     from fedclip.local import LocalSGD
 
-    return LocalSGD(lr, steps, epochs, batch_size, clip_norm, momentum)
+    numbers = (momentum, optimizer, betas, eps, weight_decay, proximal, accumulate, micro_batch, precision)
+    return LocalSGD(lr, steps, epochs, batch_size, clip_norm, *numbers)
 
 
 def gaussian(noise_multiplier: Positive, split: NoiseSplit = "isotropic", weights: tuple[Positive, ...] = ()) -> "Gaussian":
@@ -213,7 +257,7 @@ STAGES: Mapping[str, Callable[..., Any]] = {
     f.__name__: f
     for f in (
         *(clip_by_global_norm, clip_per_layer, with_error_feedback, dgc, top_k, random_k, common_mask, fp16, quantize, sign, entropy),
-        *(sgd, adam, lamb, poisson, fixed_size, local_sgd, gaussian, dense, packed),
+        *(sgd, adam, lamb, lars, yogi, adagrad, poisson, fixed_size, local_sgd, gaussian, dense, packed),
     )
 }
 """Every stage that ships, by name."""

@@ -1,5 +1,6 @@
-"""What a client chain remembers of a user between rounds: kept by user id, made at the first participation, committed with the round.
+"""What is remembered of a user between rounds: by user id, made at the first participation, committed with the round.
 
+It is the state of the client chain, and a control variate where the method has them.
 A state of round r counts once round r is over: a user who takes part in a later round starts from the newest state of a round before it.
 Whatever a round that did not end has left behind is rolled back. There is no eviction: it would make one user's state depend on others.
 """
@@ -86,7 +87,7 @@ class Forecast:
     @classmethod
     def of(cls, method: "Method", layout: Layout, rounds: int) -> "Forecast":
         """Return the forecast for a number of rounds of a method."""
-        fresh, sampler = method.client.init(layout), method.sampler
+        fresh, sampler = method.user_state(layout), method.sampler
         each = state_bytes(halved(fresh) if method.half_states else fresh)
         times = rounds * sampler.rate
         users = sampler.population * -math.expm1(rounds * math.log1p(-sampler.rate)) if sampler.rate < 1 else float(sampler.population)

@@ -69,7 +69,7 @@ class Federated(Strategy):
         self.outcome: Outcome | None = None
         self._recipe, self._secret, self._run, self._device, self._reply = recipe.to_json(), secret, run, device, reply
         if method.stateful and states is None:
-            raise ValueError(f"{method.client.name} keeps a state for each user; give a folder for them.")
+            raise ValueError(f"{method.keeper} keeps a state for each user; give a folder for them.")
         self.account = account
         self.keep: Callable[[Released], None] | None = None
         self._states = str(states.absolute()) if method.stateful and states is not None else ""
@@ -95,7 +95,7 @@ class Federated(Strategy):
         self._plan = begin(self.method, self.state, self.layout, self._secret, self._run, self.account)
         nodes, spec = list(grid.get_node_ids()), self._plan.spec
         shares = deal(self._plan.blocks, len(nodes), self.task)
-        model = messages.model_record(spec.params)
+        model = messages.model_record(spec.params, spec.control)
         contents = [
             messages.train_request(spec, share, self._recipe, self._device, self._reply, model, self._states) for share in shares if share
         ]

@@ -22,6 +22,7 @@ from fedclip.stages import (
     NotNegative,
     Positive,
     Rate,
+    adagrad,
     adam,
     build_stage,
     clip_by_global_norm,
@@ -29,8 +30,10 @@ from fedclip.stages import (
     dgc,
     gaussian,
     lamb,
+    lars,
     local_sgd,
     sgd,
+    yogi,
 )
 from strategies.privacy import build_sampler, noise_multiplier
 
@@ -82,7 +85,7 @@ def fedopt(
     sampler: Any,
     local: Any,
     mechanism: Any = None,
-    optimizer: Literal["sgd", "adam", "lamb"] = "adam",
+    optimizer: Literal["sgd", "adam", "lamb", "lars", "yogi", "adagrad"] = "adam",
     server_lr: Rate = 0.01,
     betas: Betas = (0.9, 0.99),
     eps: Positive = 1e-3,
@@ -92,7 +95,7 @@ def fedopt(
 ) -> "Method":
     """Adaptive federated optimization (arXiv 2003.00295): the mean update is a gradient for a server optimizer.
 
-    `eps` is the paper's tau; `sgd` takes the first of `betas` as momentum.
+    `eps` is the paper's tau; `sgd` and `lars` take the first of `betas` as momentum, `adagrad` has none.
     """
     from fedclip.method import Method
     from fedclip.transform import Transform, chain
@@ -101,6 +104,9 @@ def fedopt(
         "sgd": lambda: sgd(server_lr, betas[0]),
         "adam": lambda: adam(server_lr, betas, eps),
         "lamb": lambda: lamb(server_lr, betas, eps),
+        "lars": lambda: lars(server_lr, betas[0]),
+        "yogi": lambda: yogi(server_lr, betas, eps),
+        "adagrad": lambda: adagrad(server_lr, eps),
     }
     return Method(
         sampler=sampler,
@@ -188,6 +194,33 @@ def deep_gradient_compression(
     )
 
 
+def scaffold(
+    *,
+    sampler: Any,
+    local: Any,
+    mechanism: Any = None,
+    server_lr: Rate = 1.0,
+    max_norm: Positive | None = None,
+    adaptive: AdaptiveClip | None = None,
+) -> "Method":
+    """SCAFFOLD (arXiv 1910.06378, option II): control variates take the drift out of many local steps; with clip and noise DP-SCAFFOLD.
+
+    See `fedclip.control` for how the second vector of the paper need not be sent. Local training is plain SGD of `steps` steps.
+    """
+    from fedclip.method import Method
+    from fedclip.transform import chain
+
+    return Method(
+        sampler=sampler,
+        local=local,
+        client=chain(*([clip_by_global_norm(max_norm)] if max_norm else [])),
+        release=_release(sampler, mechanism),
+        server=chain(sgd(server_lr)),
+        adaptive=adaptive,
+        control=True,
+    )
+
+
 def stages(
     *,
     sampler: Any,
@@ -199,8 +232,9 @@ def stages(
     max_examples: Count | None = None,
     double_momentum: bool = False,
     adaptive: AdaptiveClip | None = None,
+    control: bool = False,
 ) -> "Method":
-    """Any method, its stages listed: what `[strategy]` means without `method`."""
+    """Any method, its stages listed: what `[strategy]` means without `method`. `control` adds SCAFFOLD's control variates."""
     from fedclip.method import Method
     from fedclip.transform import chain
 
@@ -214,10 +248,13 @@ def stages(
         max_examples=max_examples,
         double_momentum=double_momentum,
         adaptive=adaptive,
+        control=control,
     )
 
 
-RECIPES: Mapping[str, Callable[..., "Method"]] = {f.__name__: f for f in (fedavg, fedopt, pfl4asr, deep_gradient_compression, stages)}
+RECIPES: Mapping[str, Callable[..., "Method"]] = {
+    f.__name__: f for f in (fedavg, fedopt, pfl4asr, deep_gradient_compression, scaffold, stages)
+}
 """The methods that `strategy.method` may name."""
 
 

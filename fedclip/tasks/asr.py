@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Self, overload
 
@@ -178,6 +179,13 @@ class AsrTask:
         starts = np.arange(0, len(order), batch_size)
         for start in rng.permutation(starts):
             yield collate([examples[i] for i in order[start : start + batch_size]])
+
+    def split(self, batch: Batch, most: int) -> list[tuple[Batch, int]]:
+        """Return a batch in pieces of at most `most` utterances, each with its number of utterances."""
+        columns = (batch.features, batch.lengths, batch.target_lengths)
+        targets = iter(torch.split(batch.targets, batch.target_lengths.tolist()))
+        rows = zip(*(torch.split(column, most) for column in columns), strict=True)
+        return [(Batch(x[:, : int(n.max())], n, torch.cat(list(islice(targets, len(n)))), m), len(n)) for x, n, m in rows]
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the mean over utterances of the CTC loss a character; with SpecAugment when the model is in training."""

@@ -17,6 +17,9 @@ class Task(Protocol):
     A task is built once a process from plain configuration values and is used for many users one after another.
     Methods are pure: the same arguments give the same result, and none touches a global random generator (random
     layers of the model draw from torch's global generator; the engine forks and seeds it around each user).
+
+    A task whose batches are not tensors with the examples along the first dimension may have one more method, for `micro_batch`:
+    `split(batch, most)` returns the batch in pieces of at most `most` examples, each with its number of examples.
     """
 
     @property

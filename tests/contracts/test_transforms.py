@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from fedclip.clipping import ClipByGlobalNorm, ClipPerLayer
 from fedclip.codec import DenseCodec
 from fedclip.dgc import DGC
-from fedclip.optimizers import LAMB, SGD, Adam, Moments
+from fedclip.optimizers import LAMB, LARS, SGD, Adagrad, Adam, Moments, Yogi
 from fedclip.packed import PackedCodec
 from fedclip.quantize import Entropy, Fp16, Quantize, Sign
 from fedclip.schedules import Schedule
@@ -46,6 +46,10 @@ OPTIMIZERS = [
     Adam(RATE, (0.0, 0.9), weight_decay=0.1),
     LAMB(RATE),
     LAMB(RATE, weight_decay=0.01, trust_bounds=(0.1, 10.0), layers="block"),
+    LARS(RATE),
+    LARS(RATE, 0.0, weight_decay=0.01, layers="block"),
+    Yogi(RATE),
+    Adagrad(RATE, initial=0.0),
 ]
 LOSSY = [
     TopK(0.3),

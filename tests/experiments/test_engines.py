@@ -124,6 +124,11 @@ COMPRESSED = {
         "sampler.cohort=12",
         "states.precision=float16",
     ),
+    "control variates, 8 bits down": (
+        "strategy={method='scaffold', max_norm=0.5}",
+        "downlink.stages=[{quantize={bits=8}}]",
+        "sampler.cohort=12",
+    ),
 }
 
 

@@ -123,11 +123,23 @@ def test_a_finished_run_is_extended_and_nothing_is_trained_twice(vision: Path, t
     assert all(torch.equal(before[n], t) for n, t in params_of(twice).items()), "a finished run was trained on"
 
 
-def test_a_mask_that_follows_what_was_released_and_differences_go_on(vision: Path, tmp_path: Path) -> None:
+KEPT = {
+    "a mask that follows what was released, and differences": (
+        "strategy={client=[{with_error_feedback={inner={common_mask={density=0.1, fresh=0.5}}}}, {clip_per_layer={max_norm=0.5}}], "
+        "server=[{lamb={lr=0.02}}]}",
+        "codec.name=packed",
+        "downlink.stages=[{top_k={density=0.2}}]",
+        "downlink.differences=true",
+        "states.precision=float16",
+    ),
+    "control variates": ("strategy={method='scaffold', max_norm=0.5}", "sampler.cohort=20"),
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_all_that_is_kept_between_rounds_goes_on(vision: Path, tmp_path: Path, name: str) -> None:
     once, twice = tmp_path / "once", tmp_path / "twice"
-    chain = "client=[{with_error_feedback={inner={common_mask={density=0.1, fresh=0.5}}}}, {clip_per_layer={max_norm=0.5}}]"
-    sets = ["--set", f"strategy={{{chain}, server=[{{lamb={{lr=0.02}}}}]}}", "--set", "codec.name=packed"]
-    sets += ["--set", "downlink.stages=[{top_k={density=0.2}}]", "--set", "downlink.differences=true", "--set", "states.precision=float16"]
+    sets = [word for option in KEPT[name] for word in ("--set", option)]
     assert run(*quick(vision, once, *sets, "--rounds", "6"))[0] == 0
     assert run(*quick(vision, twice, *sets, "--rounds", "3"))[0] == 0
     status, output = run("run", "--resume", twice, "--rounds", "6")

@@ -72,7 +72,7 @@ def refused(file, *overrides):
         ),
         ("strategy.client=3", ["strategy.client", "3"]),
         ("strategy.client='clip_per_layer'", ["strategy.client"]),
-        ("strategy.server=[{adagrad={lr=1}}]", ["strategy.server.adagrad", "known:", "adam"]),
+        ("strategy.server=[{rmsprop={lr=1}}]", ["strategy.server.rmsprop", "known:", "adam"]),
         ("strategy.sampler=3", ["strategy.sampler", "[sampler]"]),
         ("privacy.noise_multiplier=0", ["privacy.noise_multiplier", "greater than 0", "got 0"]),
         ("codec.name='pakced'", ["codec.name", "'pakced'", "known: dense", "Did you mean 'packed'?"]),

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fedclip.layout import Layout
-from fedclip.optimizers import LAMB, SGD, Adam
+from fedclip.optimizers import LAMB, LARS, SGD, Adagrad, Adam, Yogi
 from fedclip.schedules import Schedule
 from fedclip.transform import UNBOUNDED, Bound
 from fedclip.update import Dense, Sparse, to_dense
@@ -111,6 +111,59 @@ def test_lamb_is_the_slow_one(decay, bounds, scale):
     torch.testing.assert_close(fast.double(), slow, atol=5e-6, rtol=5e-6)
 
 
+@pytest.mark.parametrize(("momentum", "decay"), [(0.9, 0.0), (0.9, 0.05), (0.0, 0.05)])
+def test_lars_is_the_slow_one(momentum, decay):
+    """arXiv 1708.03888, Algorithm 1, in float64, a layer at a time: v <- m v + gamma lambda (g + beta w), w <- w - v."""
+    grads, w, eta = gradients(), start().double().numpy(), 0.02
+    v, path, edges = np.zeros(LAYOUT.size), [], np.cumsum([0, *LAYOUT.sizes])
+    for n, g in enumerate(grads.double().numpy(), 1):
+        gamma = 0.5 if n < 10 else 0.25
+        for a, b in pairwise(edges):
+            size, length = np.linalg.norm(w[a:b]), np.linalg.norm(g[a:b])
+            rate = eta * size / (length + decay * size) if size else eta
+            v[a:b] = momentum * v[a:b] + gamma * rate * (g[a:b] + decay * w[a:b])
+        w = w - v
+        path.append(w)
+    falling = Schedule(value=0.5, decay="step", factor=0.5, start=0, every=10)
+    assert [falling(n) for n in (1, 9, 10, 20)] == [0.5, 0.5, 0.25, 0.125]
+    fast = ours(LARS(falling, momentum, eta, decay), grads[:19])
+    torch.testing.assert_close(fast.double(), torch.from_numpy(np.stack(path))[:19], atol=5e-6, rtol=5e-6)
+
+
+def test_a_step_of_lars_is_a_share_of_the_layer_whatever_the_gradient():
+    """Without momentum and decay the step's norm is lr times trust times that of the layer; for a layer of zeros the ratio is 1."""
+    params, g = torch.tensor([3.0, 0, 4.0, 2.0, 0, 0, 0, 0]), torch.tensor([1e-6, 0, 0, -1e3, 3.0, 0, 4.0, 0])
+    optimizer = LARS(Schedule.of(2.0), 0.0, trust=0.01)
+    step = optimizer.apply(Dense(g), optimizer.init(LAYOUT), context(LAYOUT, params=params))
+    assert step.update.vector.tolist() == pytest.approx([0.1, 0, 0, -0.04, 0.06, 0, 0.08, 0])
+    assert step.measurements["trust_ratio"] == pytest.approx((5e6, 1.0, 2e-3, 1.0))
+
+
+@pytest.mark.parametrize("initial", [None, 0.04])
+@pytest.mark.parametrize("name", ["yogi", "adagrad"])
+def test_yogi_and_adagrad_are_the_papers(name, initial):
+    """arXiv 2003.00295, Algorithm 2, in float64, a coordinate at a time; v_{-1} = tau^2 unless it is given."""
+    b1, b2, tau, lr = (0.9, 0.99, 1e-2, 0.05) if name == "yogi" else (0.0, None, 1e-2, 0.05)
+    x, path = start().double().numpy(), []
+    m, v = np.zeros(LAYOUT.size), np.full(LAYOUT.size, tau**2 if initial is None else initial)
+    for g in gradients().double().numpy():
+        for i in range(LAYOUT.size):
+            m[i] = b1 * m[i] + (1 - b1) * g[i]
+            if name == "yogi":
+                v[i] = v[i] - (1 - b2) * g[i] ** 2 * np.sign(v[i] - g[i] ** 2)
+            else:
+                v[i] = v[i] + g[i] ** 2
+        x = x - lr * m / (np.sqrt(v) + tau)
+        path.append(x)
+    optimizer = Yogi(Schedule.of(lr), (b1, b2), tau, initial) if name == "yogi" else Adagrad(Schedule.of(lr), tau, initial)
+    torch.testing.assert_close(ours(optimizer, gradients()).double(), torch.from_numpy(np.stack(path)), atol=5e-6, rtol=5e-6)
+
+
+def test_adagrad_without_an_initial_sum_is_torchs():
+    expected = torchs(lambda p: torch.optim.Adagrad(p, lr=0.05, eps=1e-3), gradients())
+    torch.testing.assert_close(ours(Adagrad(Schedule.of(0.05), 1e-3, 0.0), gradients()), expected, atol=1e-6, rtol=1e-6)
+
+
 def test_lamb_takes_ratio_one_where_a_norm_is_zero():
     params = torch.tensor([0.0, 0, 0, 2.0, 3.0, 0, 0, 0])
     g = torch.tensor([1.0, 1, 1, 0.0, 1, 0, 0, 0])
@@ -138,7 +191,10 @@ def test_lamb_by_blocks_has_a_ratio_a_block():
     assert step.measurements["trust_ratio"] == pytest.approx((5 / 3**0.5, 7.0), rel=1e-5)
 
 
-@pytest.mark.parametrize("optimizer", [SGD(Schedule.of(0.1), 0.9), Adam(Schedule.of(0.1)), LAMB(Schedule.of(0.1))])
+ALL = [SGD(Schedule.of(0.1), 0.9), *(made(Schedule.of(0.1)) for made in (Adam, LAMB, LARS, Yogi, Adagrad))]
+
+
+@pytest.mark.parametrize("optimizer", ALL, ids=lambda o: o.name)
 def test_the_rate_follows_the_round_and_nothing_bounds_a_step(optimizer):
     from dataclasses import replace
 
@@ -147,7 +203,7 @@ def test_the_rate_follows_the_round_and_nothing_bounds_a_step(optimizer):
     first, second = (falling.apply(g, state, context(LAYOUT, n, start())).update.vector for n in (1, 2))
     torch.testing.assert_close(second, first * 0.5)
     assert optimizer.bound(Bound(1.0), LAYOUT) == UNBOUNDED
-    assert optimizer.has_momentum(1)
+    assert optimizer.has_momentum(1) == (optimizer.name != "adagrad")
 
 
 def test_sgd_takes_sparse_means():

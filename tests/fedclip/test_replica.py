@@ -49,10 +49,8 @@ def test_frozen_parameters_stay_out_and_all_is_float32():
     assert {p.dtype for p in replica.model.parameters()} == {torch.float32}
 
 
-def test_flat_is_a_parameter_of_torch_optimizers():
+def test_scratch_is_made_once():
     replica = Replica(model())
-    replica.grads.fill_(1.0)
-    before = replica.params.clone()
-    torch.optim.SGD([replica.flat], lr=0.5).step()
-    assert torch.equal(replica.params, before - 0.5)
-    assert torch.equal(next(replica.model.parameters()).flatten(), replica.params[:12])
+    assert replica.scratch("a") is replica.scratch("a")
+    assert replica.scratch("a") is not replica.scratch("b")
+    assert replica.scratch("a").shape == replica.params.shape

@@ -314,6 +314,7 @@ def test_the_digest_covers_all_that_is_shared():
         {"params": spec.params + b"\x00"},
         {"support": b"1"},
         {"half_states": True},
+        {"control": b"1"},
     ]
     assert {next(iter(c)) for c in changes} == {f.name for f in dataclasses.fields(spec)}
     assert len({spec.digest, *(dataclasses.replace(spec, **c).digest for c in changes)}) == len(changes) + 1

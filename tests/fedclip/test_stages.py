@@ -11,7 +11,7 @@ from fedclip.codec import DenseCodec
 from fedclip.dgc import DGC
 from fedclip.doors import load_door
 from fedclip.local import LocalSGD
-from fedclip.optimizers import LAMB, SGD, Adam
+from fedclip.optimizers import LAMB, LARS, SGD, Adagrad, Adam, Yogi
 from fedclip.options import ConfigError
 from fedclip.packed import PackedCodec
 from fedclip.quantize import Entropy, Fp16, Quantize, Sign
@@ -29,8 +29,12 @@ ALL = [
     SGD(Schedule(value=0.1, warmup=5), 0.9, True),
     Adam(Schedule.of(0.1), (0.8, 0.9), 1e-6, 0.1),
     LAMB(Schedule.of(0.1), trust_bounds=(0.1, 3.0), layers="block"),
+    LARS(Schedule.of(0.1), 0.5, 0.02, 0.1, "block"),
+    Yogi(Schedule.of(0.1), (0.8, 0.9), 1e-2, 0.5),
+    Adagrad(Schedule.of(0.1), 1e-2, 0.5),
     Poisson(100, 2.5),
     LocalSGD(0.1, None, 2, 16, 1.0, 0.9),
+    LocalSGD(0.1, 3, None, 16, 1.0, 0.0, "adamw", (0.5, 0.6), 1e-3, 0.1, 0.2, 3, 2, "bfloat16"),
     FixedSize(100, 7),
     Gaussian(0.7),
     DenseCodec(),

@@ -1,11 +1,14 @@
 """Recipes: each is the published method's stages, and what does not fit together is refused."""
 
+import dataclasses
+import inspect
+
 import pytest
 
 from fedclip.clipping import ClipByGlobalNorm, ClipPerLayer
 from fedclip.config import make_experiment
 from fedclip.dgc import DGC
-from fedclip.optimizers import LAMB, SGD, Adam
+from fedclip.optimizers import LAMB, LARS, SGD, Adagrad, Adam, Yogi
 from fedclip.options import ConfigError
 from fedclip.quantize import Quantize
 from fedclip.release import Gaussian, Release
@@ -13,7 +16,7 @@ from fedclip.sampling import Poisson
 from fedclip.schedules import Schedule
 from fedclip.stages import gaussian, local_sgd, poisson
 from fedclip.transform import chain
-from strategies.recipes import RECIPES, build_method, deep_gradient_compression, fedavg, fedopt, pfl4asr, resolve, stages
+from strategies.recipes import RECIPES, build_method, deep_gradient_compression, fedavg, fedopt, pfl4asr, resolve, scaffold, stages
 
 SAMPLER, LOCAL, NOISE = poisson(100, 20.0), local_sgd(lr=0.1, steps=2), gaussian(0.7)
 ONE = Schedule.of(1.0)
@@ -22,6 +25,10 @@ ONE = Schedule.of(1.0)
 def experiment(strategy, **sections):
     base = {"run": {"rounds": 1}, "task": {"name": "vision"}, "sampler": {"cohort": 20}, "local": {"lr": 0.1, "steps": 2}}
     return make_experiment(base | {"strategy": strategy} | sections)
+
+
+ABSENT = ("epochs", "clip_norm", "micro_batch")
+"""What local training has no value for unless it is given one."""
 
 
 def test_fedavg_is_the_weighted_mean_and_a_step_of_one():
@@ -38,7 +45,17 @@ def test_fedavg_with_clip_and_noise_is_dp_fedavg():
     assert method.weighting == "uniform"
 
 
-@pytest.mark.parametrize("name", ["fedavg", "fedopt", "deep_gradient_compression"])
+def test_scaffold_is_fedavg_of_uniform_weights_with_control_variates():
+    method = scaffold(sampler=SAMPLER, local=LOCAL, mechanism=NOISE, max_norm=0.5)
+    assert method.stateful
+    plain = fedavg(sampler=SAMPLER, local=LOCAL, mechanism=NOISE, max_norm=0.5)
+    assert dataclasses.replace(method, control=False) == plain
+    listed = {"client": [{"clip_by_global_norm": {"max_norm": 0.5}}], "server": [{"sgd": {"lr": 1.0}}]}
+    assert stages(sampler=SAMPLER, local=LOCAL, mechanism=NOISE, control=True, **listed) == method
+    assert scaffold(sampler=SAMPLER, local=LOCAL).client == chain()
+
+
+@pytest.mark.parametrize("name", ["fedavg", "fedopt", "deep_gradient_compression", "scaffold"])
 def test_noise_without_a_clip_is_refused(name):
     with pytest.raises(ValueError, match="must clip"):
         RECIPES[name](sampler=SAMPLER, local=LOCAL, mechanism=NOISE)
@@ -50,6 +67,9 @@ def test_noise_without_a_clip_is_refused(name):
         ("adam", Adam(Schedule.of(0.01), (0.9, 0.99), 1e-3)),
         ("sgd", SGD(Schedule.of(0.01), 0.9)),
         ("lamb", LAMB(Schedule.of(0.01), (0.9, 0.99), 1e-3)),
+        ("lars", LARS(Schedule.of(0.01), 0.9)),
+        ("yogi", Yogi(Schedule.of(0.01), (0.9, 0.99), 1e-3)),
+        ("adagrad", Adagrad(Schedule.of(0.01), 1e-3)),
     ],
 )
 def test_fedopt_has_the_constants_of_its_paper(optimizer, stage):
@@ -105,7 +125,8 @@ def test_resolving_writes_every_argument_out_and_is_idempotent(name):
     needed = {"pfl4asr": {"max_norm": 1.0}, "stages": {"server": [{"sgd": {"lr": 1.0}}]}}
     resolved = resolve(experiment({"method": name} | needed.get(name, {})))
     assert resolve(resolved) == resolved
-    assert resolved.local == {"lr": 0.1, "steps": 2, "batch_size": 8, "momentum": 0.0}
+    assert set(resolved.local) == {name for name in inspect.signature(local_sgd).parameters if name not in ABSENT}
+    assert {"lr": 0.1, "steps": 2, "batch_size": 8, "momentum": 0.0}.items() <= resolved.local.items()
     assert set(needed.get(name, {})) < set(resolved.strategy.model_extra)
     assert build_method(resolved, 100) == build_method(experiment({"method": name} | needed.get(name, {})), 100)
 
@@ -117,7 +138,7 @@ def test_resolving_writes_every_argument_out_and_is_idempotent(name):
         ({"method": "pfl4asr"}, ["strategy.max_norm", "missing"]),
         ({"method": "pfl4asr", "max_norm": 1, "sever_lr": 1}, ["strategy.sever_lr", "Did you mean 'server_lr'?"]),
         ({"method": "pfl4asr", "max_norm": 1, "mode": "normalise"}, ["strategy.mode", "'clip' or 'normalize'", "'normalise'"]),
-        ({"method": "fedopt", "optimizer": "yogi"}, ["strategy.optimizer", "'sgd', 'adam' or 'lamb'", "'yogi'"]),
+        ({"method": "fedopt", "optimizer": "yogy"}, ["strategy.optimizer", "'yogi' or 'adagrad'", "'yogy'"]),
         ({"method": "fedavg", "mechanism": 1}, ["strategy.mechanism", "[privacy]"]),
         ({"method": "fedavg", "local": 1}, ["strategy.local", "[local]"]),
     ],

@@ -232,6 +232,22 @@ def test_what_differs_from_round_to_round_is_not_cached_but_held_out_speech_is(t
     assert corpus.reads == 3
 
 
+def test_pieces_of_a_batch_have_its_gradient():
+    described = task()
+    (batch,) = described.batches(described.load_user(0, rng()), 6, rng())
+    cut = described.split(batch, 4)
+    assert [count for _, count in cut] == [4, 2]
+    assert max(piece.features.shape[1] for piece, _ in cut) == batch.features.shape[1] > min(piece.features.shape[1] for piece, _ in cut)
+    gradients = []
+    for parts in ([(batch, 6)], cut):
+        model = described.make_model().eval()  # no masks and no dropout, which each piece would draw for itself
+        for piece, count in parts:
+            (described.loss(model, piece) * count / 6).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    torch.testing.assert_close(gradients[0], gradients[1], atol=1e-5, rtol=1e-4)
+    assert gradients[0].norm() > 0
+
+
 def test_no_method_touches_the_global_generators(tmp_path):
     torch_before, numpy_before = torch.random.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002  # read only
     described = task(cache_mb=1, cache_dir=tmp_path)
