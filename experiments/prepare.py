@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedclip.asr.options import AsrOptions
 from fedclip.config import Experiment, load_experiment, make_experiment
 from fedclip.options import ConfigError
 from strategies.naming import run_digest
@@ -22,6 +23,9 @@ MAY_CHANGE = (
     "run.init_from",
     "task.cache_dir",
     "task.cache_mb",
+    "task.decoder.",
+    "task.model.path",
+    "task.model.adapters.base",
     "evaluation.",
     "ray.",
 )
@@ -132,7 +136,7 @@ def prepare(experiment: Experiment, *, resume: bool = False) -> Prepared:
     settle_process()
     if experiment.run.device.startswith("cuda") and experiment.ray.address is None and not torch.cuda.is_available():
         raise ConfigError(f"run.device: '{experiment.run.device}' is not there (torch finds no GPU); use 'cpu'.")
-    size = experiment.population.size
+    experiment, size = _with_weights(experiment), experiment.population.size
     task = TaskRecipe.of(experiment).build()
     layout = _layout_of(task, experiment)
     experiment, initial = (experiment, None) if resume else _with_initial(experiment, layout)
@@ -189,6 +193,15 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in values.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
+
+
+def _with_weights(experiment: Experiment) -> Experiment:
+    """Return the experiment, which names the frozen weights of its model by what they are."""
+    if not isinstance(experiment.task, AsrOptions):
+        return experiment
+    from fedclip.asr.weights import pinned
+
+    return experiment.model_copy(update={"task": experiment.task.model_copy(update={"model": pinned(experiment.task.model)})})
 
 
 def _with_initial(experiment: Experiment, layout: "Layout") -> "tuple[Experiment, torch.Tensor | None]":

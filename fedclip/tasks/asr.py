@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Final, Self, overload
 
@@ -11,11 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from fedclip.asr.cache import Recording, open_cache
-from fedclip.asr.features import LogMel, spec_augment
+from fedclip.asr.decoding import open_decoder
+from fedclip.asr.features import spec_augment
+from fedclip.asr.inputs import open_inputs
 from fedclip.asr.metrics import bootstrap_interval, count_errors, error_rate
-from fedclip.asr.model import ctc_losses, make_transformer
+from fedclip.asr.model import ctc_losses
+from fedclip.asr.models import make_model, make_skeleton
 from fedclip.asr.options import AsrOptions
-from fedclip.asr.text import SYMBOLS, encode, frames_needed, greedy, normalise
+from fedclip.asr.text import SYMBOLS, encode, frames_needed, normalise
 from fedclip.speech.build import build_corpus
 from fedclip.speech.corpus import SAMPLE_RATE, Corpus, Utterance
 
@@ -28,7 +32,7 @@ LENGTH_JITTER: Final = 0.2
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """What an utterance is to training: float16 features, shape (time, mel), its symbols, and its normalised text."""
+    """What an utterance is to training: float16 features, shape (time, width), its symbols, and its normalised text."""
 
     features: Tensor
     target: tuple[int, ...]
@@ -76,7 +80,7 @@ class Batch:
     """Padded utterances: what a model and the CTC loss take."""
 
     features: Tensor
-    """float32, 0 past the end of an utterance, shape (batch, time, mel)."""
+    """float32, 0 past the end of an utterance, shape (batch, time, width)."""
     lengths: Tensor
     """Frames of each utterance, shape (batch,)."""
     targets: Tensor
@@ -101,14 +105,19 @@ class AsrTask:
             options: Features, augmentation, model and cache; the corpus section was used to build `corpus`.
             corpus: Who speaks.
             seed: Fixes the initial weights.
-            make_model: Any `Module(features, lengths) -> (logits, frames)` instead of the transformer of `options.model`,
-                with the same weights at each call. Utterances that need more frames than it has add nothing to the loss.
+            make_model: Any `Module(features, lengths) -> (logits, frames)` instead of that of `options.model`, with the same
+                weights at each call. Without a method `output_lengths`, utterances that need more frames than it has add nothing
+                to the loss.
+
+        Raises:
+            ConfigError: a pretrained model or an n-gram model is not there, or does not go with the other options.
         """
         self._options = options
         self._corpus = corpus
         self._seed = seed
         self._make_model = make_model
-        self._log_mel = LogMel(options.features)
+        self._inputs = open_inputs(options)
+        self._decode = open_decoder(options.decoder)
         self._cache = open_cache(options.cache_dir, options.cache_mb)
 
     @property
@@ -125,10 +134,7 @@ class AsrTask:
         """Return a new model with the initial weights that the seed fixes."""
         if self._make_model is not None:
             return self._make_model()
-        features = self._options.features
-        return make_transformer(
-            self._options.model, n_mels=features.n_mels, symbols=SYMBOLS, hop_seconds=features.hop_ms / 1000, seed=self._seed
-        )
+        return make_model(self._options, width=self._inputs.width, symbols=SYMBOLS, seed=self._seed)
 
     def load_user(self, user: int, rng: np.random.Generator) -> Examples:
         """Return what of a speaker can be trained on, and the count of what can't."""
@@ -169,7 +175,7 @@ class AsrTask:
         return ctc_losses(logits, frames, batch.targets, batch.target_lengths).mean()
 
     def evaluate(self, model: nn.Module, unit: int) -> dict[str, float]:
-        """Return the error counts of a held-out speaker by greedy decoding, the sum of its losses, and what they are over.
+        """Return the error counts of a held-out speaker, the sum of its losses, and what they are over.
 
         What no model could spell still counts as errors; only over-long audio is left out, and counted.
         """
@@ -202,7 +208,7 @@ class AsrTask:
 
     def _examples(self, split: str, speaker: int, read: Callable[[], list[Utterance]], *, keep: bool) -> list[Example]:
         """Return all utterances of a speaker; over-long ones have no frames, those that can't be spelt no target."""
-        key = json.dumps(["log-mel", self._corpus.recipe, self._options.features.model_dump(), self._options.max_seconds, split, speaker])
+        key = json.dumps([self._inputs.recipe, self._corpus.recipe, self._options.max_seconds, split, speaker])
         recordings = self._cache.get(key) if keep else None
         if recordings is None:
             recordings = tuple(self._record(utterance) for utterance in read())
@@ -212,12 +218,21 @@ class AsrTask:
 
     def _record(self, utterance: Utterance) -> Recording:
         if len(utterance.audio) > self._options.max_seconds * SAMPLE_RATE:
-            return Recording(torch.empty(0, self._options.features.n_mels, dtype=torch.float16), utterance.text)
-        return Recording(self._log_mel(utterance.audio), utterance.text)
+            return Recording(torch.empty(0, self._inputs.width, dtype=torch.float16), utterance.text)
+        return Recording(self._inputs(utterance.audio), utterance.text)
 
     def _alignable(self, example: Example) -> bool:
-        frames = -(-len(example.features) // self._options.model.stride)
-        return 0 < frames_needed(example.target) <= frames
+        return 0 < frames_needed(example.target) <= self._frames(len(example.features))
+
+    def _frames(self, features: int) -> int:
+        """Return how many output frames so many feature frames give; as many, where a model does not say."""
+        return int(self._output_lengths(torch.tensor(features))) if self._output_lengths is not None else features
+
+    @cached_property
+    def _output_lengths(self) -> Callable[[Tensor], Tensor] | None:
+        given = self._make_model
+        model = given() if given is not None else make_skeleton(self._options, width=self._inputs.width, symbols=SYMBOLS)
+        return getattr(model, "output_lengths", None)
 
     def _transcribe(self, model: nn.Module, examples: Sequence[Example]) -> tuple[list[str], float]:
         """Return the transcripts of a batch and the sum of the losses of those that have one."""
@@ -225,9 +240,8 @@ class AsrTask:
         with torch.no_grad():
             logits, frames = model(batch.features, batch.lengths)
             losses = ctc_losses(logits, frames, batch.targets, batch.target_lengths)
-        paths = zip(logits.argmax(dim=-1).tolist(), frames.tolist(), strict=True)
         alignable = torch.tensor([self._alignable(e) for e in examples], device=losses.device)
-        return [greedy(path[:count]) for path, count in paths], float(losses[alignable].sum())
+        return self._decode(logits, frames), float(losses[alignable].sum())
 
 
 def collate(examples: Sequence[Example]) -> Batch:
