@@ -4,11 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from experiments.cli import app
 from experiments.prepare import prepare, read_experiment
 from fedclip.config import load_experiment
+from fedclip.model_file import load_model, model_path
 from fedclip.options import ConfigError
 from strategies.naming import run_digest
 from strategies.recipes import resolve
@@ -119,6 +121,10 @@ def test_adapters_of_a_run_leave_its_weights_and_send_little(asr: Path, digits: 
     assert adapted["uplink_bytes_per_user"] - 4 * adapted["parameters"] == seed["uplink_bytes_per_user"] - 4 * seed["parameters"]
     config = (tmp_path / "adapted" / "config.toml").read_text()
     assert 'digest = "' in config
+    _, trained = load_model(model_path(tmp_path / "seed"))
+    model = prepare(read_experiment(tmp_path / "adapted" / "config.toml", []), resume=True).task.make_model().state_dict()
+    assert torch.equal(model["blocks.0.qkv.frozen.weight"], trained["blocks.0.qkv.weight"])
+    assert all(torch.equal(model[name], tensor) for name, tensor in trained.items() if name != "blocks.0.qkv.weight")
     status, output = run("run", "--resume", tmp_path / "adapted", "--rounds", "3", "--quiet")
     assert status == 0, output
 

@@ -1,5 +1,6 @@
 """Pretrained encoders: the library's own pipeline is the oracle, padding reaches nobody, nothing frozen moves, and sizes are as stated."""
 
+import json
 import math
 
 import numpy as np
@@ -207,6 +208,16 @@ def test_what_cannot_be_used_is_refused(folders, tmp_path):
     refused("lacks weights that fit", pickled)
     (pickled / "config.json").write_text('{"model_type": "bert"}')
     refused("holds a 'bert'", pickled)
+
+
+def test_no_code_of_a_folder_is_run(tmp_path):
+    folder = write_pretrained(tmp_path, "wav2vec2")
+    (folder / "evil.py").write_text(f"from pathlib import Path\nPath({str(tmp_path / 'ran')!r}).touch()\nclass Model: ...\n")
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "evil.Model", "AutoModel": "evil.Model"}
+    (folder / "config.json").write_text(json.dumps(config))
+    build(folder)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_other_weights_than_were_pinned_are_refused(folders, tmp_path):
