@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor, WhisperFeatureExtractor
 
 from fedclip.adapters import adapt
@@ -208,6 +209,21 @@ def test_what_cannot_be_used_is_refused(folders, tmp_path):
     refused("lacks weights that fit", pickled)
     (pickled / "config.json").write_text('{"model_type": "bert"}')
     refused("holds a 'bert'", pickled)
+
+
+def test_tensors_under_their_older_names_beside_a_fine_tuned_head_and_in_float16_are_read(folders, tmp_path):
+    """As published checkpoints have them: weight norm by `weight_g`, the encoder under a prefix, a head that is of no use here."""
+    expected = build(folders["wav2vec2"])[1].state_dict()
+    tensors = {f"wav2vec2.{n}": t for n, t in load_file(folders["wav2vec2"] / "model.safetensors").items()}
+    for new, old in (("original0", "weight_g"), ("original1", "weight_v")):
+        name = next(n for n in tensors if n.endswith(f"parametrizations.weight.{new}"))
+        tensors[name.replace(f"parametrizations.weight.{new}", old)] = tensors.pop(name)
+    tensors |= {"lm_head.weight": torch.zeros(5, 16), "lm_head.bias": torch.zeros(5)}
+    folder = write_pretrained(tmp_path, "wav2vec2")
+    save_file({n: t.half() for n, t in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
+    found = build(folder)[1].state_dict()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, atol=1e-3, rtol=1e-3)
 
 
 def test_no_code_of_a_folder_is_run(tmp_path):
