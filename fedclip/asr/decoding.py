@@ -83,7 +83,11 @@ class BeamSearch:
         from flashlight.lib.text.decoder import CriterionType, LexiconFreeDecoder, LexiconFreeDecoderOptions, ZeroLM
 
         names = ["<blank>", *(BOUNDARY if c == " " else c for c in ALPHABET)]
-        lm = ZeroLM() if self._options.lm is None else _read(self._options.lm, names)
+        lm = ZeroLM()
+        if self._options.lm is not None:
+            if not {*names} & {*_unigrams(self._options.lm)}:
+                raise ConfigError("task.decoder.lm: no 1-gram of it is a character; expected ARPA text over characters, or unit 'word'.")
+            lm = _read(self._options.lm, names)
         search = LexiconFreeDecoderOptions(self._options.beam, SYMBOLS, _NO_LIMIT, self._options.lm_weight, 0.0, True, CriterionType.CTC)
         return LexiconFreeDecoder(search, lm, SPACE, BLANK, [])
 

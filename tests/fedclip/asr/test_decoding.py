@@ -204,6 +204,8 @@ def test_what_is_no_language_model_is_refused(tmp_path):
     nothing.write_text(WORDS.replace("\tA", "\t4").replace("A ba", "4 7").replace("ba", "7").replace("ab", "6"))
     with pytest.raises(ConfigError, match="can be spelt"):
         open_decoder(DecoderOptions(beam=5, lm=nothing))
+    with pytest.raises(ConfigError, match="or unit 'word'"):
+        open_decoder(DecoderOptions(beam=5, lm=nothing, unit="character"))
     with pytest.raises(ConfigError, match="beside word_score"):
         validate(DecoderOptions, {"beam": 5, "word_score": 1.0})
     with pytest.raises(ConfigError, match="beam >= 1"):

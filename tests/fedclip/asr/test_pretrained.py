@@ -116,6 +116,17 @@ def test_samples_are_normalised_as_the_library_does_unless_the_folder_says_other
         open_inputs(options(folder))
 
 
+def test_models_of_ones_own_hear_samples_or_whispers_features_where_they_ask_for_them():
+    door = {"name": "nowhere:make"}
+    wave = open_inputs(AsrOptions(model=door, features={"kind": "waveform"}))(sound(3_000))
+    assert wave.shape == (3_000, 1)
+    assert float(wave.float().std()) == pytest.approx(1.0, abs=1e-3)
+    whisper = AsrOptions(model=door, features={"kind": "whisper", "n_mels": 16})
+    assert open_inputs(whisper)(sound(3_000)).shape == (20, 16)
+    recipes = [open_inputs(AsrOptions(model=door, features=f)).recipe for f in ({}, {"n_mels": 16}, {"kind": "waveform"})]
+    assert len({json.dumps(r) for r in [*recipes, open_inputs(whisper).recipe]}) == 4
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_adapters_of_every_kind_of_encoder_learn(folders, name):
     inputs, model = build(folders[name])
