@@ -14,7 +14,7 @@ from experiments.run import DONE, run_rounds
 from fedclip.client import Site, evaluate_units
 from fedclip.config import Experiment, apply_overrides
 from fedclip.layout import Layout
-from fedclip.model_file import flatten, load_model, model_path
+from fedclip.model_file import check_alphabet, flatten, load_model, model_path
 from fedclip.options import ConfigError
 from fedclip.release import Release
 from fedclip.replica import Replica
@@ -68,8 +68,9 @@ def central_command(experiment: Experiment, path: Path, quiet: bool) -> int:
 
 def evaluate_command(model: Path, overrides: list[str], data_dir: Path | None, as_json: bool) -> int:
     """Evaluate a saved model, print the metrics, and return the exit status."""
-    experiment, tensors = load_model(model_path(model))
-    experiment = resolve(apply_overrides(experiment, overrides))
+    saved, tensors = load_model(model_path(model))
+    experiment = resolve(apply_overrides(saved, overrides))
+    check_alphabet(model, saved, experiment)
     prepared = prepare(on_folder(experiment, data_dir, all_users=True) if data_dir is not None else experiment)
     task = prepared.task
     site = Site(task, Replica(task.make_model(), experiment.run.device))

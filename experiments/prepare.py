@@ -195,10 +195,12 @@ def _with_initial(experiment: Experiment, layout: "Layout") -> "tuple[Experiment
     """Return the experiment, which names the weights it begins with, and these weights."""
     if experiment.run.init_from is None:
         return experiment, None
-    from fedclip.model_file import flatten, load_model, model_path
+    from fedclip.model_file import check_alphabet, flatten, load_model, model_path
 
     path = model_path(experiment.run.init_from)
-    params = flatten(load_model(path)[1], layout)
+    saved, tensors = load_model(path)
+    check_alphabet(path, saved, experiment)
+    params = flatten(tensors, layout)
     digest = hashlib.blake2b(params.numpy().tobytes(), digest_size=16).hexdigest()
     if experiment.run.init_digest not in (None, digest):
         raise ConfigError(f"run.init_from: {path} holds other weights than the run began with ({digest}, {experiment.run.init_digest}).")

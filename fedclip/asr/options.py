@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from fedclip.asr.text import Alphabet
 from fedclip.options import Options
 from fedclip.speech.options import CorpusOptions, EmbeddedOptions
 
@@ -78,6 +79,8 @@ class AsrOptions(Options):
     """Speech recognition by characters and CTC: the corpus, the features, the model, and where features are kept."""
 
     name: Literal["asr"] = "asr"
+    languages: tuple[str, ...] = ("en",)
+    """What is spoken, by ISO 639-1 codes: their letters, in this order, are what the model spells with (see docs/languages.md)."""
     corpus: CorpusOptions = EmbeddedOptions()
     features: FeatureOptions = FeatureOptions()
     augment: AugmentOptions = AugmentOptions()
@@ -88,6 +91,11 @@ class AsrOptions(Options):
     """Where features are kept; by default `$XDG_CACHE_HOME/fedclip` or `~/.cache/fedclip`."""
     cache_mb: float = Field(default=1024.0, ge=0.0)
     """How much the cache may hold before the longest unused entries go; 0 keeps nothing."""
+
+    @field_validator("languages")
+    @classmethod
+    def _known(cls, languages: tuple[str, ...]) -> tuple[str, ...]:
+        return Alphabet(languages).languages
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -15,7 +15,7 @@ from fedclip.asr.features import LogMel, spec_augment
 from fedclip.asr.metrics import bootstrap_interval, count_errors, error_rate
 from fedclip.asr.model import ctc_losses, make_transformer
 from fedclip.asr.options import AsrOptions
-from fedclip.asr.text import SYMBOLS, encode, frames_needed, greedy, normalise
+from fedclip.asr.text import Alphabet, frames_needed
 from fedclip.speech.build import build_corpus
 from fedclip.speech.corpus import SAMPLE_RATE, Corpus, Utterance
 
@@ -28,11 +28,12 @@ LENGTH_JITTER: Final = 0.2
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """What an utterance is to training: float16 features, shape (time, mel), its symbols, and its normalised text."""
+    """What an utterance is to training: float16 features, shape (time, mel), its symbols, its normalised text, its language."""
 
     features: Tensor
     target: tuple[int, ...]
     text: str
+    language: str = ""
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,7 @@ class AsrTask:
         self._corpus = corpus
         self._seed = seed
         self._make_model = make_model
+        self._alphabet = Alphabet(options.languages)
         self._log_mel = LogMel(options.features)
         self._cache = open_cache(options.cache_dir, options.cache_mb)
 
@@ -127,7 +129,11 @@ class AsrTask:
             return self._make_model()
         features = self._options.features
         return make_transformer(
-            self._options.model, n_mels=features.n_mels, symbols=SYMBOLS, hop_seconds=features.hop_ms / 1000, seed=self._seed
+            self._options.model,
+            n_mels=features.n_mels,
+            symbols=self._alphabet.symbols,
+            hop_seconds=features.hop_ms / 1000,
+            seed=self._seed,
         )
 
     def load_user(self, user: int, rng: np.random.Generator) -> Examples:
@@ -208,12 +214,20 @@ class AsrTask:
             recordings = tuple(self._record(utterance) for utterance in read())
             if keep:
                 self._cache.put(key, recordings)
-        return [_example(recording) for recording in recordings]
+        return [self._example(recording) for recording in recordings]
 
     def _record(self, utterance: Utterance) -> Recording:
         if len(utterance.audio) > self._options.max_seconds * SAMPLE_RATE:
-            return Recording(torch.empty(0, self._options.features.n_mels, dtype=torch.float16), utterance.text)
-        return Recording(self._log_mel(utterance.audio), utterance.text)
+            return Recording(torch.empty(0, self._options.features.n_mels, dtype=torch.float16), utterance.text, utterance.language)
+        return Recording(self._log_mel(utterance.audio), utterance.text, utterance.language)
+
+    def _example(self, recording: Recording) -> Example:
+        text = self._alphabet.normalise(recording.text, recording.language)
+        try:
+            target = self._alphabet.encode(text)
+        except ValueError:
+            target = ()
+        return Example(recording.features, target, text, recording.language)
 
     def _alignable(self, example: Example) -> bool:
         frames = -(-len(example.features) // self._options.model.stride)
@@ -227,7 +241,7 @@ class AsrTask:
             losses = ctc_losses(logits, frames, batch.targets, batch.target_lengths)
         paths = zip(logits.argmax(dim=-1).tolist(), frames.tolist(), strict=True)
         alignable = torch.tensor([self._alignable(e) for e in examples], device=losses.device)
-        return [greedy(path[:count]) for path, count in paths], float(losses[alignable].sum())
+        return [self._alphabet.greedy(path[:count]) for path, count in paths], float(losses[alignable].sum())
 
 
 def collate(examples: Sequence[Example]) -> Batch:
@@ -243,15 +257,6 @@ def collate(examples: Sequence[Example]) -> Batch:
 def build_asr(options: AsrOptions, *, population: int | None, data_dir: Path | None, seed: int) -> AsrTask:
     """Return the task that a configuration describes: its corpus of so many speakers, its model with this seed."""
     return AsrTask(options, build_corpus(options.corpus, population=population, data_dir=data_dir, seed=seed), seed)
-
-
-def _example(recording: Recording) -> Example:
-    text = normalise(recording.text)
-    try:
-        target = encode(text)
-    except ValueError:
-        target = ()
-    return Example(recording.features, target, text)
 
 
 def _device(model: nn.Module) -> torch.device:
