@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedclip.config import Experiment, load_experiment, make_experiment
 from fedclip.options import ConfigError
+from fedclip.speech.options import StampsOptions
 from strategies.naming import run_digest
 from strategies.privacy import calibrated
 from strategies.recipes import build_method, resolve
@@ -91,6 +92,8 @@ def on_folder(experiment: Experiment, folder: Path, *, all_users: bool = False) 
         kind := corpus_kind(folder, values["task"]["corpus"]["kind"])
     ):
         values["task"]["corpus"], all_users = {"kind": kind}, True
+        if kind == "tuxpaint_stamps":
+            values["task"]["languages"] = list(StampsOptions().languages)
     if all_users and values["task"]["name"] != "vision":
         values["population"] = {}
     return resolve(make_experiment(values))
@@ -105,13 +108,15 @@ def corpus_kind(folder: Path, preferred: str = "") -> str:
     there = {
         "manifest": any((folder / name).is_file() for name in ("manifest.csv", "manifest.tsv")),
         "spoken_digits": (folder / "recordings").is_dir(),
+        # The package as it unpacks, or the folder of the stamps itself, which has a folder a topic.
+        "tuxpaint_stamps": (folder / "usr/share/tuxpaint/stamps").is_dir() or any(folder.glob("*/*_desc_??.ogg")),
     }
     kinds = [kind for kind, is_there in there.items() if is_there]
     if kinds:
         return preferred if preferred in kinds else kinds[0]
     raise ConfigError(
         f"No known layout in {folder}: expected a manifest.csv or manifest.tsv with the columns speaker, path and text, "
-        "or recordings/<digit>_<speaker>_<number>.wav."
+        "recordings/<digit>_<speaker>_<number>.wav, or the stamps of `make stamps`."
     )
 
 

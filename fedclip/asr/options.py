@@ -7,7 +7,7 @@ from pydantic import Field, field_validator, model_validator
 
 from fedclip.asr.text import Alphabet
 from fedclip.options import Options
-from fedclip.speech.options import CorpusOptions, EmbeddedOptions
+from fedclip.speech.options import CorpusOptions, EmbeddedOptions, StampsOptions
 
 
 class FeatureOptions(Options):
@@ -99,6 +99,11 @@ class AsrOptions(Options):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if isinstance(self.corpus, StampsOptions) and not {*self.corpus.languages} <= {*self.languages}:
+            raise ValueError(
+                f"expected task.languages to have all of task.corpus.languages, got {list(self.languages)} "
+                f"and {list(self.corpus.languages)}"
+            )
         if self.augment.enabled and self.augment.frequency_width > self.features.n_mels:
             raise ValueError(
                 f"Expected augment.frequency_width <= features.n_mels, got {self.augment.frequency_width} > {self.features.n_mels}."

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from fedclip.asr.cache import Recording, open_cache
 from fedclip.asr.features import LogMel, spec_augment
-from fedclip.asr.metrics import bootstrap_interval, count_errors, error_rate
+from fedclip.asr.languages import code_of
+from fedclip.asr.metrics import bootstrap_interval, count_errors_by_group, error_rate, rates_by_group, rates_over_speakers
 from fedclip.asr.model import ctc_losses, make_transformer
 from fedclip.asr.options import AsrOptions
 from fedclip.asr.text import Alphabet, frames_needed
@@ -123,6 +124,11 @@ class AsrTask:
         """Return how many held-out speakers there are."""
         return self._corpus.held_out_speakers
 
+    @property
+    def note(self) -> str:
+        """Return what every report on this data must say, empty for most."""
+        return str(getattr(self._corpus, "note", ""))
+
     def make_model(self) -> nn.Module:
         """Return a new model with the initial weights that the seed fixes."""
         if self._make_model is not None:
@@ -177,6 +183,7 @@ class AsrTask:
     def evaluate(self, model: nn.Module, unit: int) -> dict[str, float]:
         """Return the error counts of a held-out speaker by greedy decoding, the sum of its losses, and what they are over.
 
+        The errors are counted for each language that the corpus names, too.
         What no model could spell still counts as errors; only over-long audio is left out, and counted.
         """
         examples = self._examples("held_out", unit, lambda: self._corpus.held_out(unit), keep=True)
@@ -187,7 +194,7 @@ class AsrTask:
             texts, losses = self._transcribe(model, heard[start : start + EVALUATION_BATCH])
             hypotheses += texts
             loss_sum += losses
-        return count_errors([e.text for e in heard], hypotheses) | {
+        return count_errors_by_group([e.text for e in heard], hypotheses, [code_of(e.language) for e in heard]) | {
             "loss_sum": loss_sum,
             "loss_utterances": float(sum(self._alignable(e) for e in heard)),
             "utterances": float(len(heard)),
@@ -195,8 +202,9 @@ class AsrTask:
         }
 
     def summarise(self, counts: Sequence[Mapping[str, float]], seed: int) -> dict[str, float]:
-        """Return `eval_loss`, `wer` and `cer` with 95% intervals over speakers, and how much they are over.
+        """Return `eval_loss`, `wer` and `cer` with 95% intervals over speakers, their spread, and how much they are over.
 
+        Where there are several languages, `wer.fr` and so on are the rates of each.
         A rate over no words is NaN.
         """
         totals = {key: sum(c[key] for c in counts) for key in ("loss_sum", "loss_utterances", "utterances", "words", "left_out")}
@@ -204,7 +212,8 @@ class AsrTask:
         for name, unit in (("wer", "word"), ("cer", "character")):
             low, high = bootstrap_interval(counts, unit, seed)
             summary |= {name: error_rate(counts, unit), f"{name}_low": low, f"{name}_high": high}
-        return summary | {f"eval_{key}": totals[key] for key in ("utterances", "words", "left_out")}
+        summary |= {f"eval_{key}": totals[key] for key in ("utterances", "words", "left_out")}
+        return summary | rates_over_speakers(counts) | rates_by_group(counts)
 
     def _examples(self, split: str, speaker: int, read: Callable[[], list[Utterance]], *, keep: bool) -> list[Example]:
         """Return all utterances of a speaker; over-long ones have no frames, those that can't be spelt no target."""
