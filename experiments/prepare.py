@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fedclip.asr.options import AsrOptions
 from fedclip.config import Experiment, load_experiment, make_experiment
 from fedclip.options import ConfigError
+from fedclip.speech.options import StampsOptions
 from strategies.naming import run_digest
 from strategies.privacy import calibrated
 from strategies.recipes import build_method, resolve
@@ -95,6 +96,8 @@ def on_folder(experiment: Experiment, folder: Path, *, all_users: bool = False) 
         kind := corpus_kind(folder, values["task"]["corpus"]["kind"])
     ):
         values["task"]["corpus"], all_users = {"kind": kind}, True
+        if kind == "tuxpaint_stamps":
+            values["task"]["languages"] = list(StampsOptions().languages)
     if all_users and values["task"]["name"] != "vision":
         values["population"] = {}
     return resolve(make_experiment(values))
@@ -109,13 +112,15 @@ def corpus_kind(folder: Path, preferred: str = "") -> str:
     there = {
         "manifest": any((folder / name).is_file() for name in ("manifest.csv", "manifest.tsv")),
         "spoken_digits": (folder / "recordings").is_dir(),
+        # The package as it unpacks, or the folder of the stamps itself, which has a folder a topic.
+        "tuxpaint_stamps": (folder / "usr/share/tuxpaint/stamps").is_dir() or any(folder.glob("*/*_desc_??.ogg")),
     }
     kinds = [kind for kind, is_there in there.items() if is_there]
     if kinds:
         return preferred if preferred in kinds else kinds[0]
     raise ConfigError(
         f"No known layout in {folder}: expected a manifest.csv or manifest.tsv with the columns speaker, path and text, "
-        "or recordings/<digit>_<speaker>_<number>.wav."
+        "recordings/<digit>_<speaker>_<number>.wav, or the stamps of `make stamps`."
     )
 
 
@@ -208,10 +213,12 @@ def _with_initial(experiment: Experiment, layout: "Layout") -> "tuple[Experiment
     """Return the experiment, which names the weights it begins with, and these weights."""
     if experiment.run.init_from is None:
         return experiment, None
-    from fedclip.model_file import flatten, load_model, model_path
+    from fedclip.model_file import check_alphabet, flatten, load_model, model_path
 
     path = model_path(experiment.run.init_from)
-    params = flatten(load_model(path)[1], layout)
+    saved, tensors = load_model(path)
+    check_alphabet(path, saved, experiment)
+    params = flatten(tensors, layout)
     digest = hashlib.blake2b(params.numpy().tobytes(), digest_size=16).hexdigest()
     if experiment.run.init_digest not in (None, digest):
         raise ConfigError(f"run.init_from: {path} holds other weights than the run began with ({digest}, {experiment.run.init_digest}).")

@@ -3,11 +3,12 @@
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from fedclip.asr.model_options import AnyModelOptions, ModelOptions
+from fedclip.asr.text import Alphabet
 from fedclip.options import Options
-from fedclip.speech.options import CorpusOptions, EmbeddedOptions
+from fedclip.speech.options import CorpusOptions, EmbeddedOptions, StampsOptions
 
 
 class FeatureOptions(Options):
@@ -76,6 +77,8 @@ class AsrOptions(Options):
     """Speech recognition by characters and CTC: the corpus, the features, the model, and where features are kept."""
 
     name: Literal["asr"] = "asr"
+    languages: tuple[str, ...] = ("en",)
+    """What is spoken, by ISO 639-1 codes: their letters, in this order, are what the model spells with (see docs/languages.md)."""
     corpus: CorpusOptions = EmbeddedOptions()
     features: FeatureOptions = FeatureOptions()
     augment: AugmentOptions = AugmentOptions()
@@ -88,8 +91,18 @@ class AsrOptions(Options):
     cache_mb: float = Field(default=1024.0, ge=0.0)
     """How much the cache may hold before the longest unused entries go; 0 keeps nothing."""
 
+    @field_validator("languages")
+    @classmethod
+    def _known(cls, languages: tuple[str, ...]) -> tuple[str, ...]:
+        return Alphabet(languages).languages
+
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if isinstance(self.corpus, StampsOptions) and not {*self.corpus.languages} <= {*self.languages}:
+            raise ValueError(
+                f"expected task.languages to have all of task.corpus.languages, got {list(self.languages)} "
+                f"and {list(self.corpus.languages)}"
+            )
         if self.augment.enabled and self.augment.frequency_width > self.features.n_mels:
             raise ValueError(
                 f"Expected augment.frequency_width <= features.n_mels, got {self.augment.frequency_width} > {self.features.n_mels}."

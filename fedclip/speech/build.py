@@ -7,7 +7,7 @@ from fedclip.speech.corpus import Corpus
 from fedclip.speech.embedded import EmbeddedCorpus
 from fedclip.speech.errors import CorpusError, SynthesizerError
 from fedclip.speech.espeak import library_version
-from fedclip.speech.options import CorpusOptions, EmbeddedOptions, ManifestOptions, SpokenDigitsOptions
+from fedclip.speech.options import CorpusOptions, EmbeddedOptions, ManifestOptions, SpokenDigitsOptions, StampsOptions
 
 
 def build_corpus(options: CorpusOptions, *, population: int | None, data_dir: Path | None, seed: int) -> Corpus:
@@ -35,15 +35,20 @@ def build_corpus(options: CorpusOptions, *, population: int | None, data_dir: Pa
     return _open_recorded(options, population, data_dir, seed)
 
 
-def _open_recorded(options: ManifestOptions | SpokenDigitsOptions, population: int | None, data_dir: Path, seed: int) -> Corpus:
+def _open_recorded(
+    options: ManifestOptions | SpokenDigitsOptions | StampsOptions, population: int | None, data_dir: Path, seed: int
+) -> Corpus:
     try:
         # Reading files needs packages that the embedded corpus does without.
         from fedclip.speech.recorded import ManifestCorpus, SpokenDigitsCorpus
+        from fedclip.speech.stamps import StampsCorpus
     except ModuleNotFoundError as error:
         raise CorpusError(f"Reading recordings needs the package {error.name}; install it with: pip install {error.name}") from error
-    corpus: ManifestCorpus | SpokenDigitsCorpus
+    corpus: ManifestCorpus | SpokenDigitsCorpus | StampsCorpus
     if isinstance(options, ManifestOptions):
         corpus = ManifestCorpus.open(options, data_dir)
+    elif isinstance(options, StampsOptions):
+        corpus = StampsCorpus.open(options, data_dir)
     else:
         corpus = SpokenDigitsCorpus.open(options, data_dir, seed)
     corpus.check()

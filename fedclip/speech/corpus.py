@@ -11,10 +11,14 @@ SAMPLE_RATE = 16_000
 
 @dataclass(frozen=True, eq=False)
 class Utterance:
-    """One spoken utterance: float32 mono samples in [-1, 1] at `SAMPLE_RATE`, shape (time,), and what was said."""
+    """One spoken utterance: float32 mono samples in [-1, 1] at `SAMPLE_RATE`, shape (time,), and what was said.
+
+    The language, by its code and perhaps a region ("fr", "sv-SE"), says how the text is normalised; empty where it isn't told.
+    """
 
     audio: np.ndarray
     text: str
+    language: str = ""
 
 
 class Corpus(Protocol):

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 
-from fedclip.asr.text import normalise
 from fedclip.speech.corpus import SAMPLE_RATE, Utterance
 from fedclip.speech.errors import CorpusError
 from fedclip.speech.grammar import DIGITS
@@ -38,8 +37,7 @@ class ManifestCorpus:
         """Read `manifest.csv` or `manifest.tsv` of a folder and see that every file it names is there.
 
         Its first line names the columns: `speaker`, `path` (relative to the folder), `text` and, optionally, `split` (train or
-        test). Texts become lower case and lose accents and punctuation (see `fedclip.asr.text.normalise`: numbers in digits stay, as
-        nobody knows here how they were spoken). Other columns are ignored.
+        test) and `language` (a code such as "fr", which says how the text is normalised). Other columns are ignored.
 
         Raises:
             CorpusError: no such folder, manifest, column or file, or a value that cannot be used; the message has the line.
@@ -99,7 +97,7 @@ class ManifestCorpus:
         limit = self.options.utterances
         if limit is not None and limit < len(recordings):
             recordings = tuple(recordings[i] for i in sorted(rng.choice(len(recordings), size=limit, replace=False)))
-        return [Utterance(read(recording), recording.text) for recording in recordings]
+        return [Utterance(read(recording), recording.text, recording.language) for recording in recordings]
 
     def train_seconds(self, speaker: int) -> float:
         """Return about how long `train` is, from the files' sizes and one header."""
@@ -110,7 +108,7 @@ class ManifestCorpus:
     def held_out(self, speaker: int) -> list[Utterance]:
         """Return a speaker's held-out utterances."""
         recordings = self.index.held_out[speaker_name(self.index.held_out_names, speaker, "held-out")]
-        return [Utterance(read(recording), recording.text) for recording in recordings]
+        return [Utterance(read(recording), recording.text, recording.language) for recording in recordings]
 
 
 @dataclass(frozen=True)
@@ -245,7 +243,7 @@ def _listed(where: str, folder: Path, row: Mapping[str, str]) -> Recording:
         if not row[name]:
             raise CorpusError(f"{where}: the {name} is empty; fill it in or leave the line out.")
     try:
-        return find_recording(folder / row["path"], normalise(row["text"]))
+        return find_recording(folder / row["path"], row["text"], row.get("language", ""))
     except CorpusError as error:
         raise CorpusError(f"{where}: {error}") from error
 

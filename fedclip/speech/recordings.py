@@ -19,12 +19,13 @@ _FORMAT = 1  # to be raised when the same files give other samples, which makes 
 
 @dataclass(frozen=True)
 class Recording:
-    """A recording of the index: its file, what is said, and the file's size and time of change, which tell its version."""
+    """A recording of the index: its file, what is said, the file's size and time of change, which tell its version, and the language."""
 
     path: Path
     text: str
     size: int
     changed: int
+    language: str = ""
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,8 @@ class Index:
             for name in sorted(speakers):
                 for recording in speakers[name]:
                     path = os.path.relpath(recording.path, self.folder)
-                    state.update(repr((split, name, path, recording.text, recording.size, recording.changed)).encode())
+                    told = (recording.text, recording.size, recording.changed, recording.language)
+                    state.update(repr((split, name, path, *told)).encode())
         return state.hexdigest()
 
     def check(self) -> None:
@@ -111,7 +113,7 @@ def seconds_a_byte(recording: Recording) -> float:
     return float(header.frames / header.samplerate / recording.size)
 
 
-def find_recording(path: Path, text: str) -> Recording:
+def find_recording(path: Path, text: str, language: str = "") -> Recording:
     """Return the entry of a file for an index, without opening it.
 
     Raises:
@@ -123,7 +125,7 @@ def find_recording(path: Path, text: str) -> Recording:
         raise CorpusError(f"{path} cannot be found or read ({error.strerror}); put it there or correct its name.") from error
     if not path.is_file() or not status.st_size:
         raise CorpusError(f"{path} is {'an empty file' if path.is_file() else 'no file'}; replace it with a recording or leave it out.")
-    return Recording(path, text, status.st_size, status.st_mtime_ns)
+    return Recording(path, text, status.st_size, status.st_mtime_ns, language)
 
 
 def expect_folder(path: Path) -> Path:

@@ -15,11 +15,12 @@ from fedclip.asr.cache import Recording, open_cache
 from fedclip.asr.decoding import open_decoder
 from fedclip.asr.features import spec_augment
 from fedclip.asr.inputs import open_inputs
-from fedclip.asr.metrics import bootstrap_interval, count_errors, error_rate
+from fedclip.asr.languages import code_of
+from fedclip.asr.metrics import bootstrap_interval, count_errors_by_group, error_rate, rates_by_group, rates_over_speakers
 from fedclip.asr.model import ctc_losses
 from fedclip.asr.models import make_model, make_skeleton
 from fedclip.asr.options import AsrOptions
-from fedclip.asr.text import SYMBOLS, encode, frames_needed, normalise
+from fedclip.asr.text import Alphabet, frames_needed
 from fedclip.speech.build import build_corpus
 from fedclip.speech.corpus import SAMPLE_RATE, Corpus, Utterance
 
@@ -32,11 +33,12 @@ LENGTH_JITTER: Final = 0.2
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """What an utterance is to training: float16 features, shape (time, width), its symbols, and its normalised text."""
+    """What an utterance is to training: float16 features, shape (time, width), its symbols, its normalised text, its language."""
 
     features: Tensor
     target: tuple[int, ...]
     text: str
+    language: str = ""
 
 
 @dataclass(frozen=True)
@@ -116,8 +118,9 @@ class AsrTask:
         self._corpus = corpus
         self._seed = seed
         self._make_model = make_model
+        self._alphabet = Alphabet(options.languages)
         self._inputs = open_inputs(options)
-        self._decode = open_decoder(options.decoder)
+        self._decode = open_decoder(options.decoder, self._alphabet)
         self._cache = open_cache(options.cache_dir, options.cache_mb)
 
     @property
@@ -130,11 +133,16 @@ class AsrTask:
         """Return how many held-out speakers there are."""
         return self._corpus.held_out_speakers
 
+    @property
+    def note(self) -> str:
+        """Return what every report on this data must say, empty for most."""
+        return str(getattr(self._corpus, "note", ""))
+
     def make_model(self) -> nn.Module:
         """Return a new model with the initial weights that the seed fixes."""
         if self._make_model is not None:
             return self._make_model()
-        return make_model(self._options, width=self._inputs.width, symbols=SYMBOLS, seed=self._seed)
+        return make_model(self._options, width=self._inputs.width, symbols=self._alphabet.symbols, seed=self._seed)
 
     def load_user(self, user: int, rng: np.random.Generator) -> Examples:
         """Return what of a speaker can be trained on, and the count of what can't."""
@@ -177,6 +185,7 @@ class AsrTask:
     def evaluate(self, model: nn.Module, unit: int) -> dict[str, float]:
         """Return the error counts of a held-out speaker, the sum of its losses, and what they are over.
 
+        The errors are counted for each language that the corpus names, too.
         What no model could spell still counts as errors; only over-long audio is left out, and counted.
         """
         examples = self._examples("held_out", unit, lambda: self._corpus.held_out(unit), keep=True)
@@ -187,7 +196,7 @@ class AsrTask:
             texts, losses = self._transcribe(model, heard[start : start + EVALUATION_BATCH])
             hypotheses += texts
             loss_sum += losses
-        return count_errors([e.text for e in heard], hypotheses) | {
+        return count_errors_by_group([e.text for e in heard], hypotheses, [code_of(e.language) for e in heard]) | {
             "loss_sum": loss_sum,
             "loss_utterances": float(sum(self._alignable(e) for e in heard)),
             "utterances": float(len(heard)),
@@ -195,8 +204,9 @@ class AsrTask:
         }
 
     def summarise(self, counts: Sequence[Mapping[str, float]], seed: int) -> dict[str, float]:
-        """Return `eval_loss`, `wer` and `cer` with 95% intervals over speakers, and how much they are over.
+        """Return `eval_loss`, `wer` and `cer` with 95% intervals over speakers, their spread, and how much they are over.
 
+        Where there are several languages, `wer.fr` and so on are the rates of each.
         A rate over no words is NaN.
         """
         totals = {key: sum(c[key] for c in counts) for key in ("loss_sum", "loss_utterances", "utterances", "words", "left_out")}
@@ -204,7 +214,8 @@ class AsrTask:
         for name, unit in (("wer", "word"), ("cer", "character")):
             low, high = bootstrap_interval(counts, unit, seed)
             summary |= {name: error_rate(counts, unit), f"{name}_low": low, f"{name}_high": high}
-        return summary | {f"eval_{key}": totals[key] for key in ("utterances", "words", "left_out")}
+        summary |= {f"eval_{key}": totals[key] for key in ("utterances", "words", "left_out")}
+        return summary | rates_over_speakers(counts) | rates_by_group(counts)
 
     def _examples(self, split: str, speaker: int, read: Callable[[], list[Utterance]], *, keep: bool) -> list[Example]:
         """Return all utterances of a speaker; over-long ones have no frames, those that can't be spelt no target."""
@@ -214,12 +225,20 @@ class AsrTask:
             recordings = tuple(self._record(utterance) for utterance in read())
             if keep:
                 self._cache.put(key, recordings)
-        return [_example(recording) for recording in recordings]
+        return [self._example(recording) for recording in recordings]
 
     def _record(self, utterance: Utterance) -> Recording:
         if len(utterance.audio) > self._options.max_seconds * SAMPLE_RATE:
-            return Recording(torch.empty(0, self._inputs.width, dtype=torch.float16), utterance.text)
-        return Recording(self._inputs(utterance.audio), utterance.text)
+            return Recording(torch.empty(0, self._inputs.width, dtype=torch.float16), utterance.text, utterance.language)
+        return Recording(self._inputs(utterance.audio), utterance.text, utterance.language)
+
+    def _example(self, recording: Recording) -> Example:
+        text = self._alphabet.normalise(recording.text, recording.language)
+        try:
+            target = self._alphabet.encode(text)
+        except ValueError:
+            target = ()
+        return Example(recording.features, target, text, recording.language)
 
     def _alignable(self, example: Example) -> bool:
         return 0 < frames_needed(example.target) <= self._frames(len(example.features))
@@ -231,7 +250,7 @@ class AsrTask:
     @cached_property
     def _output_lengths(self) -> Callable[[Tensor], Tensor] | None:
         given = self._make_model
-        model = given() if given is not None else make_skeleton(self._options, width=self._inputs.width, symbols=SYMBOLS)
+        model = given() if given is not None else make_skeleton(self._options, width=self._inputs.width, symbols=self._alphabet.symbols)
         return getattr(model, "output_lengths", None)
 
     def _transcribe(self, model: nn.Module, examples: Sequence[Example]) -> tuple[list[str], float]:
@@ -257,15 +276,6 @@ def collate(examples: Sequence[Example]) -> Batch:
 def build_asr(options: AsrOptions, *, population: int | None, data_dir: Path | None, seed: int) -> AsrTask:
     """Return the task that a configuration describes: its corpus of so many speakers, its model with this seed."""
     return AsrTask(options, build_corpus(options.corpus, population=population, data_dir=data_dir, seed=seed), seed)
-
-
-def _example(recording: Recording) -> Example:
-    text = normalise(recording.text)
-    try:
-        target = encode(text)
-    except ValueError:
-        target = ()
-    return Example(recording.features, target, text)
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -7,10 +7,14 @@ import pickle
 import pytest
 import torch
 
-from fedclip.asr.decoding import SPACE, BeamSearch, decode_greedily, open_decoder
+from fedclip.asr.decoding import BeamSearch, Greedy, open_decoder
 from fedclip.asr.options import DecoderOptions
-from fedclip.asr.text import SYMBOLS, collapse, decode, encode
+from fedclip.asr.text import Alphabet, collapse
 from fedclip.options import ConfigError, validate
+
+ENGLISH = Alphabet(("en",))
+SYMBOLS, decode, encode = ENGLISH.symbols, ENGLISH.decode, ENGLISH.encode
+(SPACE,) = encode(" ")
 
 WORDS = """\\data\\
 ngram 1=6
@@ -110,7 +114,7 @@ def log10_probability(tokens, one, two, backoff):
 
 def found_by(options, logits):
     frames = torch.tensor([len(logits)])
-    (text,) = open_decoder(validate(DecoderOptions, options))(logits[None], frames)
+    (text,) = open_decoder(validate(DecoderOptions, options), ENGLISH)(logits[None], frames)
     return text
 
 
@@ -120,7 +124,7 @@ def test_without_a_language_model_the_best_string_of_all_paths_is_found_where_gr
         found = texts(matrix(seed))
         best = max(found, key=found.get)
         assert found_by({"beam": 500}, matrix(seed)) == " ".join(best.split())
-        corrected += decode_greedily(matrix(seed)[None], torch.tensor([5])) != [" ".join(best.split())]
+        corrected += Greedy(ENGLISH)(matrix(seed)[None], torch.tensor([5])) != [" ".join(best.split())]
     assert corrected > 2
 
 
@@ -172,11 +176,11 @@ def test_an_n_gram_settles_what_is_heard_either_way_and_frames_past_the_end_do_n
     logits = torch.nn.utils.rnn.pad_sequence([at, call], batch_first=True)
     logits[0, len(at) :, encode("z")[0]] = 50.0
     frames = torch.tensor([len(at), len(call)])
-    assert decode_greedily(logits, frames) == ["at mine", "call nine"]
-    beam = BeamSearch(DecoderOptions(beam=50, lm=lm))
+    assert Greedy(ENGLISH)(logits, frames) == ["at mine", "call nine"]
+    beam = BeamSearch(DecoderOptions(beam=50, lm=lm), ENGLISH)
     assert beam(logits, frames) == ["at nine", "call mine"]
     assert pickle.loads(pickle.dumps(beam))(logits, frames) == ["at nine", "call mine"]
-    assert BeamSearch(DecoderOptions(beam=50))(logits, frames) == ["at mine", "call nine"]
+    assert BeamSearch(DecoderOptions(beam=50), ENGLISH)(logits, frames) == ["at mine", "call nine"]
 
 
 def test_words_are_spelt_as_transcripts_are_and_those_that_cannot_be_are_never_found(tmp_path):
@@ -199,13 +203,13 @@ def test_what_is_no_language_model_is_refused(tmp_path):
     empty.write_text(WORDS.replace("ngram 2=3", "ngram 2=4"))
     for path, message in ((binary, "cannot be read"), (empty, "cannot be read"), (tmp_path / "none", "cannot be read")):
         with pytest.raises(ConfigError, match=f"task.decoder.lm.*{message}"):
-            open_decoder(DecoderOptions(beam=5, lm=path))
+            open_decoder(DecoderOptions(beam=5, lm=path), ENGLISH)
     nothing = tmp_path / "nothing.arpa"
     nothing.write_text(WORDS.replace("\tA", "\t4").replace("A ba", "4 7").replace("ba", "7").replace("ab", "6"))
     with pytest.raises(ConfigError, match="can be spelt"):
-        open_decoder(DecoderOptions(beam=5, lm=nothing))
+        open_decoder(DecoderOptions(beam=5, lm=nothing), ENGLISH)
     with pytest.raises(ConfigError, match="or unit 'word'"):
-        open_decoder(DecoderOptions(beam=5, lm=nothing, unit="character"))
+        open_decoder(DecoderOptions(beam=5, lm=nothing, unit="character"), ENGLISH)
     with pytest.raises(ConfigError, match="beside word_score"):
         validate(DecoderOptions, {"beam": 5, "word_score": 1.0})
     with pytest.raises(ConfigError, match="beam >= 1"):

@@ -150,9 +150,13 @@ def test_a_manifest_with_a_split_is_read_as_it_says(tmp_path: Path, name: str) -
         {"split": "test", "speaker": "bob", "path": "b2.wav", "text": "DON\u2019T go", "age": "44"},
         {"split": "train", "speaker": "ann", "path": "deep/a1.wav", "text": "Caf\u00e9 na\u00efve", "age": ""},
     ]
+    if name == "manifest.tsv":
+        rows = [row | {"language": "fr" if row["speaker"] == "ann" else ""} for row in rows]
     corpus = open_manifest(write_manifest(tmp_path, rows, name))
     assert (corpus.train_speakers, corpus.held_out_speakers, corpus.cacheable) == (2, 1, True)
-    assert all_texts(corpus, np.random.default_rng(0)) == (["cafe naive", "well hello there"], ["don't go"])
+    assert all_texts(corpus, np.random.default_rng(0)) == (["Caf\u00e9 na\u00efve", "Well, hello there!"], ["DON\u2019T go"])
+    spoken = [u.language for speaker in (0, 1) for u in corpus.train(speaker, np.random.default_rng(0))]
+    assert spoken == (["fr", ""] if name == "manifest.tsv" else ["", ""])
     assert corpus.train_seconds(0) == pytest.approx(0.3)
 
 
