@@ -15,6 +15,7 @@ from fedclip.rng import Streams
 from fedclip.round import Outcome, Released
 from fedclip.schedules import Schedule
 from fedclip.tally import Tally, add_up
+from fedclip.tasks.base import Counts
 from strategies.naming import run_digest
 
 log = logging.getLogger(__name__)
@@ -79,9 +80,12 @@ class Central:
 
     def evaluate(self) -> dict[str, float]:
         """Return the metrics of the current model on all held-out units."""
-        task = self._prepared.task
-        counts = evaluate_units(self._site, self._site.replica.params.clone(), range(task.held_out_units))
-        return task.summarise([c for _, c in counts], 0)
+        return self._prepared.task.summarise(self.evaluate_units(), 0)
+
+    def evaluate_units(self) -> list[Counts]:
+        """Return what each held-out unit adds to these metrics, in their order."""
+        units = range(self._prepared.task.held_out_units)
+        return [c for _, c in evaluate_units(self._site, self._site.replica.params.clone(), units)]
 
     def _user(self, user: int, streams: Streams) -> Tally:
         replica, task, local = self._site.replica, self._site.task, self._prepared.method.local

@@ -8,13 +8,14 @@ from pathlib import Path
 from experiments.central import Central
 from experiments.engines import open_engine
 from experiments.folder import to_json
-from experiments.live import Reporter, describe_result, size
+from experiments.live import Reporter, describe_result, describe_speakers, size
 from experiments.prepare import Prepared, on_folder, prepare
 from experiments.run import DONE, run_rounds
+from fedclip.asr.metrics import speaker_rows
 from fedclip.client import Site, evaluate_units
 from fedclip.config import Experiment, apply_overrides
 from fedclip.layout import Layout
-from fedclip.model_file import flatten, load_model, model_path
+from fedclip.model_file import check_alphabet, flatten, load_model, model_path
 from fedclip.options import ConfigError
 from fedclip.release import Release
 from fedclip.replica import Replica
@@ -31,6 +32,8 @@ def run_command(experiment: Experiment, path: Path, quiet: bool, resume: bool = 
             f"{experiment.run.name}: {prepared.experiment.population.size:,} users, cohorts of about {prepared.experiment.sampler.cohort:g}"
         )
         say_skipped(prepared, reporter)
+        if note := getattr(prepared.task, "note", ""):
+            reporter.say(note)
         if prepared.method.stateful:
             reporter.say(check_room(prepared, path, resume))
         with open_engine(prepared, path) as engine:
@@ -77,17 +80,20 @@ def central_command(experiment: Experiment, path: Path, quiet: bool, resume: boo
 
 def evaluate_command(model: Path, overrides: list[str], data_dir: Path | None, as_json: bool) -> int:
     """Evaluate a saved model, print the metrics, and return the exit status."""
-    experiment, tensors = load_model(model_path(model))
-    experiment = resolve(apply_overrides(experiment, overrides))
-    prepared = prepare(on_folder(experiment, data_dir, all_users=True) if data_dir is not None else experiment)
-    task = prepared.task
+    saved, tensors = load_model(model_path(model))
+    experiment = resolve(apply_overrides(saved, overrides))
+    experiment = on_folder(experiment, data_dir, all_users=True) if data_dir is not None else experiment
+    check_alphabet(model, saved, experiment)
+    task = prepare(experiment).task
     site = Site(task, Replica(task.make_model(), experiment.run.device))
-    counts = evaluate_units(site, flatten(tensors, site.replica.layout), range(task.held_out_units))
-    metrics = task.summarise([c for _, c in counts], 0)
+    counts = [c for _, c in evaluate_units(site, flatten(tensors, site.replica.layout), range(task.held_out_units))]
+    metrics, speakers, note = task.summarise(counts, 0), speaker_rows(counts), getattr(task, "note", "")
     if as_json:
-        print(to_json(metrics))
+        print(to_json(metrics | ({"speakers": speakers} if speakers else {}) | ({"note": note} if note else {})))
     else:
         print(f"{task.held_out_units} held-out units{describe_result(metrics)}")
+        for line in (*describe_speakers(metrics), *([note] if note else [])):
+            print(line)
         for name, value in metrics.items():
             print(f"  {name} {value:.4g}")
     return DONE

@@ -13,6 +13,7 @@ from fedclip.layout import Layout
 from fedclip.method import ServerState
 from fedclip.options import ConfigError
 from fedclip.round import Outcome, Released
+from fedclip.tasks.base import Counts
 from strategies.naming import run_digest
 from strategies.privacy import build_account
 
@@ -56,6 +57,9 @@ class Engine(Protocol):
 
     def evaluate(self) -> dict[str, float]:
         """Return the metrics of the current model on all held-out units."""
+
+    def evaluate_units(self) -> list[Counts]:
+        """Return what each held-out unit adds to these metrics, in their order."""
 
 
 class OnGrid:
@@ -121,6 +125,10 @@ class OnGrid:
     def evaluate(self) -> dict[str, float]:
         """Return the metrics of the current model on all held-out units."""
         return self.strategy.evaluate(self._grid)
+
+    def evaluate_units(self) -> list[Counts]:
+        """Return what each held-out unit adds to these metrics, in their order."""
+        return self.strategy.evaluate_units(self._grid)
 
 
 def secret_of(prepared: Prepared) -> str:

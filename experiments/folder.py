@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 LEDGER, CHECKPOINTS, STATES = "ledger.jsonl", "checkpoints", "states"
 """The releases of a run under noise, a line each; the checkpoints; and what client chains keep of users."""
 
-METRICS = "metrics.jsonl"
+METRICS, SPEAKERS = "metrics.jsonl", "speakers.jsonl"
 
 PACKAGES = ("fedclip", "flwr", "ray", "torch", "torchaudio", "numpy", "dp-accounting", "jiwer", "soundfile")
 
@@ -98,6 +98,11 @@ class RunFolder:
             raise CheckpointError(f"{metrics} has {there} bytes, and had {size} at the checkpoint; rounds were taken away from it.")
         if there > size:
             self._storage.truncate(metrics, size)
+
+    def save_speakers(self, rows: list[dict[str, Any]]) -> None:
+        """Write the last evaluation's row of each held-out speaker, if there is any, in the place of the one before."""
+        if rows:
+            write_atomically(self.path / SPEAKERS, "".join(to_json(row) + "\n" for row in rows))
 
     def save_model(self, params: torch.Tensor, layout: Layout, round: int, name: str = "model") -> None:
         """Write the model of a round in the place of the one before."""

@@ -102,6 +102,10 @@ class Reporter:
             self._console.print(f"  {error}", highlight=False, markup=False)
         result = describe_result(summary)
         self._console.print(f"{summary['status']}: {summary['rounds']} rounds in {summary['total_seconds']:.0f} s{result}", highlight=False)
+        for line in describe_speakers(summary):
+            self._console.print(line, highlight=False, soft_wrap=True)
+        if "note" in summary:
+            self._console.print(summary["note"], highlight=False, soft_wrap=True)
         if "uplink_ratio" in summary:
             self._console.print(describe_traffic(summary), highlight=False, soft_wrap=True)
         self._console.print(describe_memory(summary), highlight=False, soft_wrap=True)
@@ -145,6 +149,21 @@ def describe_result(metrics: dict[str, Any]) -> str:
             value, low, high = (100 * metrics[k] for k in (key, f"{key}_low", f"{key}_high"))
             return f", {name} {value:.1f}% (95% interval {low:.1f} to {high:.1f})"
     return ""
+
+
+def describe_speakers(metrics: dict[str, Any]) -> list[str]:
+    """Return how word error rates differ over languages, where there are several, and over held-out speakers: a line each."""
+    groups = {key.removeprefix("wer."): 100 * metrics[key] for key in metrics if key.startswith("wer.")}
+    lines = [f"WER by language: {', '.join(f'{group} {value:.1f}%' for group, value in groups.items())}"] if groups else []
+    if "wer_worst_decile" in metrics:
+        low, median, high, deviation, worst = (
+            100 * metrics[key] for key in (*(f"wer_speakers_{name}" for name in ("q25", "median", "q75", "sd")), "wer_worst_decile")
+        )
+        lines.append(
+            f"WER by speaker: median {median:.1f}%, quartiles {low:.1f}% and {high:.1f}%, standard deviation {deviation:.1f}; "
+            f"the worst tenth of the speakers {worst:.1f}%"
+        )
+    return lines
 
 
 def describe_traffic(summary: dict[str, Any]) -> str:

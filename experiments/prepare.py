@@ -6,9 +6,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedclip.asr.options import AsrOptions
 from fedclip.config import Experiment, load_experiment, make_experiment
 from fedclip.options import ConfigError
 from fedclip.speech.find import EXPECTED, FINDERS
+from fedclip.speech.options import StampsOptions
 from strategies.naming import run_digest
 from strategies.privacy import calibrated
 from strategies.recipes import build_method, resolve
@@ -23,6 +25,9 @@ MAY_CHANGE = (
     "run.init_from",
     "task.cache_dir",
     "task.cache_mb",
+    "task.decoder.",
+    "task.model.path",
+    "task.model.adapters.base",
     "evaluation.",
     "ray.",
 )
@@ -94,6 +99,8 @@ def on_folder(experiment: Experiment, folder: Path, *, all_users: bool = False) 
         kind := corpus_kind(folder, values["task"]["corpus"]["kind"])
     ):
         values["task"]["corpus"], all_users = {"kind": kind}, True
+        if kind == "tuxpaint_stamps":
+            values["task"]["languages"] = list(StampsOptions().languages)
     if all_users and values["task"]["name"] != "vision":
         values["population"] = {}
     return resolve(make_experiment(values))
@@ -131,7 +138,7 @@ def prepare(experiment: Experiment, *, resume: bool = False) -> Prepared:
     startup = resident_memory()
     if experiment.run.device.startswith("cuda") and experiment.ray.address is None and not torch.cuda.is_available():
         raise ConfigError(f"run.device: '{experiment.run.device}' is not there (torch finds no GPU); use 'cpu'.")
-    size = experiment.population.size
+    experiment, size = _with_weights(experiment), experiment.population.size
     with indexing() as watch:
         task = TaskRecipe.of(experiment).build(watch)
     layout = _layout_of(task, experiment)
@@ -196,14 +203,25 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def _with_weights(experiment: Experiment) -> Experiment:
+    """Return the experiment, which names the frozen weights of its model by what they are."""
+    if not isinstance(experiment.task, AsrOptions):
+        return experiment
+    from fedclip.asr.weights import pinned
+
+    return experiment.model_copy(update={"task": experiment.task.model_copy(update={"model": pinned(experiment.task.model)})})
+
+
 def _with_initial(experiment: Experiment, layout: "Layout") -> "tuple[Experiment, torch.Tensor | None]":
     """Return the experiment, which names the weights it begins with, and these weights."""
     if experiment.run.init_from is None:
         return experiment, None
-    from fedclip.model_file import flatten, load_model, model_path
+    from fedclip.model_file import check_alphabet, flatten, load_model, model_path
 
     path = model_path(experiment.run.init_from)
-    params = flatten(load_model(path)[1], layout)
+    saved, tensors = load_model(path)
+    check_alphabet(path, saved, experiment)
+    params = flatten(tensors, layout)
     digest = hashlib.blake2b(params.numpy().tobytes(), digest_size=16).hexdigest()
     if experiment.run.init_digest not in (None, digest):
         raise ConfigError(f"run.init_from: {path} holds other weights than the run began with ({digest}, {experiment.run.init_digest}).")

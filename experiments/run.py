@@ -15,6 +15,7 @@ from experiments.live import Reporter
 from experiments.prepare import Prepared
 from experiments.progress import Progress
 from fedclip.account import BudgetSpent, LedgerError
+from fedclip.asr.metrics import speaker_rows
 from fedclip.checkpoints import Checkpoint, CheckpointError, Checkpoints
 from fedclip.config import Experiment
 from fedclip.method import noise_to_bound
@@ -123,7 +124,9 @@ class Run:
         self.progress.add(outcome)
         try:
             if _is_due(row["round"], self.prepared.experiment):
-                measured = engine.evaluate()
+                counts = engine.evaluate_units()
+                measured = self.prepared.task.summarise(counts, 0)
+                self.folder.save_speakers(speaker_rows(counts))
                 row |= measured | {"evaluated_round": row["round"]}
                 self.folder.save_model(engine.state.params, engine.layout, engine.state.round)
                 if self.progress.judge(measured, row["round"]):
@@ -264,6 +267,8 @@ def _summary(run: Run, status: str) -> dict[str, Any]:
     }
     if progress.users:
         summary |= _traffic(run)
+    if note := getattr(run.prepared.task, "note", ""):
+        summary["note"] = note
     if progress.best:
         summary["best"] = progress.best
     skipped = getattr(run.prepared.task, "skipped", {})

@@ -8,6 +8,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from fedclip.asr.options import AsrOptions
+from fedclip.asr.text import Alphabet
 from fedclip.config import Experiment, make_experiment
 from fedclip.layout import Layout
 from fedclip.options import ConfigError
@@ -55,6 +57,21 @@ def load_model(path: Path) -> tuple[Experiment, dict[str, torch.Tensor]]:
     if metadata.get("format") != FORMAT:
         raise ConfigError(f"{path} holds no model of this project (format {metadata.get('format')}, expected {FORMAT}).")
     return make_experiment(json.loads(metadata["experiment"])), tensors
+
+
+def check_alphabet(path: Path, saved: Experiment, wanted: Experiment) -> None:
+    """Refuse a model whose outputs stand for other characters than a task's: it might fit, and would spell nonsense.
+
+    Raises:
+        ConfigError: it is such a model.
+    """
+    if isinstance(saved.task, AsrOptions) and isinstance(wanted.task, AsrOptions):
+        theirs, ours = Alphabet(saved.task.languages), Alphabet(wanted.task.languages)
+        if theirs.characters != ours.characters:
+            raise ConfigError(
+                f"task.languages: {path} spells {', '.join(theirs.languages)} ({theirs.symbols} symbols), the task "
+                f"{', '.join(ours.languages)} ({ours.symbols}); give task.languages = {list(theirs.languages)}, or another model."
+            )
 
 
 def flatten(tensors: dict[str, torch.Tensor], layout: Layout) -> torch.Tensor:

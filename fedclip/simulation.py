@@ -12,7 +12,7 @@ from fedclip.method import Method, ServerState
 from fedclip.process import settle_process
 from fedclip.replica import Replica
 from fedclip.round import Outcome, Released, begin, finish, replay
-from fedclip.tasks.base import Task
+from fedclip.tasks.base import Counts, Task
 from fedclip.user_states import StatesInMemory, UserStates
 
 
@@ -80,8 +80,11 @@ class InProcess:
 
     def evaluate(self) -> dict[str, float]:
         """Return the metrics of the current model on all held-out units."""
-        counts = evaluate_units(self.site, self.state.params, range(self.site.task.held_out_units))
-        return self.site.task.summarise([c for _, c in counts], 0)
+        return self.site.task.summarise(self.evaluate_units(), 0)
+
+    def evaluate_units(self) -> list[Counts]:
+        """Return what each held-out unit adds to these metrics, in their order."""
+        return [c for _, c in evaluate_units(self.site, self.state.params, range(self.site.task.held_out_units))]
 
 
 def initial_params(task: Task) -> torch.Tensor:

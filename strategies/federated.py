@@ -19,7 +19,7 @@ from fedclip.method import Method, ServerState
 from fedclip.process import settle_process
 from fedclip.round import Outcome, Plan, Released, WorkerError, begin, deal, finish, replay
 from fedclip.simulation import initial_params
-from fedclip.tasks.base import Task
+from fedclip.tasks.base import Counts, Task
 from fedclip.tasks.build import TaskRecipe
 from fedclip.update import Dense
 
@@ -130,8 +130,7 @@ class Federated(Strategy):
         Raises:
             WorkerError: a node replied with an error, or not at all.
         """
-        counts = dict(pair for reply in self._checked(replies) for pair in messages.read_evaluate_reply(reply.content))
-        return MetricRecord(dict(self.task.summarise([counts[unit] for unit in sorted(counts)], 0)))
+        return MetricRecord(dict(self.task.summarise(self._counts(replies), 0)))
 
     def summary(self) -> None:
         """Log what is run."""
@@ -154,11 +153,20 @@ class Federated(Strategy):
 
     def evaluate(self, grid: Grid) -> dict[str, float]:
         """Return the metrics of the current model on all held-out units."""
-        number = self.state.round
-        record = self.aggregate_evaluate(
-            number, grid.send_and_receive(self.configure_evaluate(number, self.arrays(), ConfigRecord(), grid))
-        )
-        return {name: float(value) for name, value in (record or {}).items() if isinstance(value, int | float)}
+        return self.task.summarise(self.evaluate_units(grid), 0)
+
+    def evaluate_units(self, grid: Grid) -> list[Counts]:
+        """Return what each held-out unit adds to these metrics, in their order.
+
+        Raises:
+            WorkerError: a node replied with an error, or not at all.
+        """
+        messages_out = self.configure_evaluate(self.state.round, self.arrays(), ConfigRecord(), grid)
+        return self._counts(grid.send_and_receive(messages_out))
+
+    def _counts(self, replies: Iterable[Message]) -> list[Counts]:
+        counts = dict(pair for reply in self._checked(replies) for pair in messages.read_evaluate_reply(reply.content))
+        return [counts[unit] for unit in sorted(counts)]
 
     def _address(self, contents: list[RecordDict], nodes: list[int], kind: str, server_round: int, grid: Grid) -> list[Message]:
         self._sent = len(contents)

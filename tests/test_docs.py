@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from experiments.cli import app
 from experiments.prepare import prepare
+from fedclip.asr.languages import LANGUAGES, LATIN
 from fedclip.config import make_experiment
 from strategies.recipes import resolve
 from tests.corpora_folders import FOLDERS
@@ -61,6 +62,14 @@ def test_commands_and_their_options_exist(text: str) -> None:
             known = CliRunner().invoke(app, [*command, "--help"]).output
             assert all(word in known for word in words[2:] if word.startswith("--")), line
             assert all((PROJECT / word).is_file() for word in words if word.startswith("experiments/")), line
+
+
+def test_the_page_of_languages_has_the_table_that_the_code_has() -> None:
+    page = (PROJECT / "docs/languages.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| `([a-z]{2})` \| ([^|]+) \| (?:a-z ?)?([^|]*?) ?\|$", page, re.MULTILINE)
+    assert listed == [(code, language.name, language.letters.removeprefix(LATIN)) for code, language in LANGUAGES.items()]
+    for code, language in LANGUAGES.items():
+        assert (f"| `{code}` | {language.name} | a-z" in page) == language.letters.startswith(LATIN)
 
 
 def test_links_between_pages_lead_somewhere() -> None:

@@ -36,10 +36,14 @@ _HEADER: Final = struct.Struct("<II")
 
 @dataclass(frozen=True, eq=False)
 class Recording:
-    """The features of an utterance, float16, shape (time, mel), and what was said. No frames stand for over-long audio."""
+    """The features of an utterance, float16, shape (time, mel), what was said, and in which language, where that is told.
+
+    No frames stand for over-long audio.
+    """
 
     features: Tensor
     text: str
+    language: str = ""
 
 
 class Cache(Protocol):
@@ -167,7 +171,7 @@ def _write(path: Path, payload: bytes) -> None:
 
 def _pack(recordings: Sequence[Recording]) -> bytes:
     """Return the bytes of recordings: magic, checksum, length of the index, index (JSON), float16 values."""
-    index = json.dumps([[*r.features.shape, r.text] for r in recordings]).encode()
+    index = json.dumps([[*r.features.shape, r.text, *([r.language] if r.language else [])] for r in recordings]).encode()
     values = b"".join(r.features.numpy().tobytes() for r in recordings)
     lengths = struct.pack("<I", len(index))
     return _MAGIC + struct.pack("<I", zlib.crc32(lengths + index + values)) + lengths + index + values
@@ -184,5 +188,5 @@ def _unpack(payload: bytes) -> tuple[Recording, ...] | None:
     # The checksum holds, so these are bytes that _pack wrote.
     index = json.loads(payload[start : start + length])
     values = torch.from_numpy(np.frombuffer(payload, dtype=np.float16, offset=start + length).copy())
-    parts = torch.split(values, [frames * mels for frames, mels, _ in index])
-    return tuple(Recording(part.view(frames, mels), text) for part, (frames, mels, text) in zip(parts, index, strict=True))
+    parts = torch.split(values, [frames * mels for frames, mels, *_ in index])
+    return tuple(Recording(part.view(frames, mels), *told) for part, (frames, mels, *told) in zip(parts, index, strict=True))

@@ -28,6 +28,8 @@ class LogMel:
     def __init__(self, options: FeatureOptions) -> None:
         """Prepare the window and the filters, which all utterances share."""
         self._options = options
+        self.width = options.n_mels
+        self.recipe = ["log_mel", options.model_dump()]
         self._window_size = round(options.window_ms * SAMPLE_RATE / 1000)
         self._hop = round(options.hop_ms * SAMPLE_RATE / 1000)
         self._fft_size = _fft_size(options, self._window_size)

@@ -1,11 +1,17 @@
-"""Word and character error rates: counts by held-out unit, pooled over the corpus, with an interval over units."""
+"""Word and character error rates: counts by held-out unit, pooled over the corpus or a group, and how they differ over units."""
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import Final
+from typing import Any, Final
 
 import jiwer
 import numpy as np
 from numpy.typing import NDArray
+
+QUARTILES: Final = {"q25": 0.25, "median": 0.5, "q75": 0.75}
+
+WORST: Final = 0.1
+"""The share of the speakers whose pooled word error rate is that of the worst decile, rounded up to a whole speaker."""
 
 REPLICATES: Final = 1000
 """How many times the units are drawn again for an interval: its ends then move by well under its width."""
@@ -28,6 +34,75 @@ def count_errors(references: Sequence[str], hypotheses: Sequence[str]) -> dict[s
         counts[f"{unit}_errors"] = float(output.substitutions + output.deletions + output.insertions)
         counts[f"{unit}s"] = float(output.hits + output.substitutions + output.deletions)
     return counts
+
+
+def count_errors_by_group(references: Sequence[str], hypotheses: Sequence[str], groups: Sequence[str]) -> dict[str, float]:
+    """Return the counts of `count_errors`, and beside them those of each named group: `words.fr` of the group "fr".
+
+    Args:
+        references: What was said.
+        hypotheses: What was heard, one a reference.
+        groups: The group of each reference; those of the group "" count in the totals only.
+    """
+    counts = count_errors(references, hypotheses)
+    for group in sorted({*groups} - {""}):
+        pairs = [(r, h) for r, h, g in zip(references, hypotheses, groups, strict=True) if g == group]
+        counts |= {f"{key}.{group}": value for key, value in count_errors(*zip(*pairs, strict=True)).items()}
+    return counts
+
+
+def rates_by_group(counts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return `wer.fr`, `cer.fr` and `eval_words.fr` of each group "fr" where there are several groups, else nothing."""
+    groups = sorted({group for c in counts for group in groups_of(c)})
+    rates: dict[str, float] = {}
+    for group in groups if len(groups) > 1 else ():
+        own = [_of_group(c, group) for c in counts]
+        rates[f"wer.{group}"], rates[f"cer.{group}"] = error_rate(own, "word"), error_rate(own, "character")
+        rates[f"eval_words.{group}"] = sum(c["words"] for c in own)
+    return rates
+
+
+def rates_over_speakers(counts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return how word error rates differ over the units that have words, each unit (a speaker) counting one.
+
+    `wer_speakers_sd` is the standard deviation (of these speakers, not an estimate for others), `wer_speakers_q25`, `_median` and
+    `_q75` are the quartiles, and `wer_worst_decile` is the pooled rate of the tenth of the speakers, at least one, with the
+    highest rates. NaN where there is no word.
+    """
+    spoken = [c for c in counts if c["words"] > 0]
+    if not spoken:
+        return dict.fromkeys(("wer_speakers_sd", *(f"wer_speakers_{name}" for name in QUARTILES), "wer_worst_decile"), float("nan"))
+    # Among equal rates the one over more words first, so that the order of the units alters nothing.
+    worst = sorted(spoken, key=lambda c: (c["word_errors"] / c["words"], c["words"]), reverse=True)
+    rates = np.array([c["word_errors"] / c["words"] for c in worst])
+    return {
+        "wer_speakers_sd": float(rates.std()),
+        **{f"wer_speakers_{name}": float(np.quantile(rates, share)) for name, share in QUARTILES.items()},
+        "wer_worst_decile": error_rate(worst[: math.ceil(WORST * len(worst))], "word"),
+    }
+
+
+def speaker_rows(counts: Sequence[Mapping[str, float]]) -> list[dict[str, Any]]:
+    """Return a row for each unit: its number, its groups, and its counts and rates; none where the counts are not of words."""
+    return [
+        {
+            "unit": unit,
+            "group": "+".join(groups_of(c)),
+            "words": int(c["words"]),
+            "word_errors": int(c["word_errors"]),
+            "wer": error_rate([c], "word"),
+            "characters": int(c["characters"]),
+            "character_errors": int(c["character_errors"]),
+            "cer": error_rate([c], "character"),
+        }
+        for unit, c in enumerate(counts)
+        if "words" in c
+    ]
+
+
+def groups_of(counts: Mapping[str, float]) -> list[str]:
+    """Return the groups that a unit has counts of, sorted."""
+    return sorted(key.removeprefix("words.") for key in counts if key.startswith("words."))
 
 
 def error_rate(counts: Sequence[Mapping[str, float]], unit: str) -> float:
@@ -65,6 +140,11 @@ def bootstrap_interval(counts: Sequence[Mapping[str, float]], unit: str, seed: i
         rates[i] = errors[drawn].sum() / total[drawn].sum()
     low, high = np.quantile(rates, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def _of_group(counts: Mapping[str, float], group: str) -> dict[str, float]:
+    keys = ("word_errors", "words", "character_errors", "characters")
+    return {key: counts.get(f"{key}.{group}", 0.0) for key in keys}
 
 
 def _columns(counts: Sequence[Mapping[str, float]], unit: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedclip.asr.options import ModelOptions
+from fedclip.asr.model_options import ModelOptions
 from fedclip.asr.text import BLANK
 
 FREQUENCY_SCALE: Final = 30.0

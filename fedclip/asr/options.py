@@ -3,15 +3,22 @@
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from fedclip.asr.model_options import AnyModelOptions, ModelOptions
+from fedclip.asr.text import Alphabet
 from fedclip.options import Options
-from fedclip.speech.options import CorpusOptions, EmbeddedOptions
+from fedclip.speech.options import CorpusOptions, EmbeddedOptions, StampsOptions
 
 
 class FeatureOptions(Options):
-    """Log-mel features: Hamming windows, pre-emphasis, mean and variance of each utterance taken out."""
+    """Log-mel features: Hamming windows, pre-emphasis, mean and variance of each utterance taken out.
 
+    `kind` is for models by a door: `waveform` gives them samples of mean 0 and variance 1, and `whisper` the features of Whisper
+    with `n_mels`. A pretrained model has features of its own.
+    """
+
+    kind: Literal["log_mel", "waveform", "whisper"] = "log_mel"
     n_mels: int = Field(default=80, ge=8, le=256)
     window_ms: float = Field(default=25.0, ge=5.0, le=200.0)
     hop_ms: float = Field(default=10.0, ge=2.0, le=100.0)
@@ -40,37 +47,29 @@ class AugmentOptions(Options):
     """No time mask is wider than this share of its own utterance (the paper's bound is on each mask, not on their sum)."""
 
 
-class ModelOptions(Options):
-    """The CTC transformer: by default one that learns in minutes on a processor.
+class DecoderOptions(Options):
+    """How the symbols of frames become a text in evaluation: greedy, or the best of a beam, with an n-gram model if there is one.
 
-    The 255.8 M model of arXiv 2310.00098 is dim 768, 36 layers, 4 heads, mlp_dim 3072, kernel 7, stride 3, dropout and
-    layer_drop 0.3, shift_seconds 30.
+    A text scores the log of the sum of its paths' probabilities, `lm_weight` times the n-gram model's log10 probability, and
+    `word_score` for each word.
     """
 
-    dim: int = Field(default=128, ge=4)
-    layers: int = Field(default=3, ge=1)
-    heads: int = Field(default=2, ge=1)
-    mlp_dim: int = Field(default=512, ge=1)
-    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
-    layer_drop: float = Field(default=0.0, ge=0.0, lt=1.0)
-    kernel: int = Field(default=15, ge=1)
-    convolutions: int = Field(default=0, ge=0)
-    """Further convolutions of the front end, each over 3 frames with a residual path: local context that attention need not learn."""
-    stride: int = Field(default=4, ge=1, le=16)
-    norm: Literal["pre", "post"] = "pre"
-    shift_seconds: float = Field(default=0.0, ge=0.0)
-    """Positions move by up to this much, either way, in training (CAPE), so that no absolute time is learnt.
-
-    With it a model takes utterances longer than any it was trained on, and needs more steps to learn its first words."""
+    beam: int = Field(default=0, ge=0, le=100_000)
+    """How many texts are kept from frame to frame; 0: greedy, the best symbol of each frame."""
+    lm: Path | None = None
+    """An n-gram model as ARPA text."""
+    unit: Literal["word", "character"] = "word"
+    """What the n-gram model is over. `word`: no other words than its own are found. `character`: any; a space is written `|` in it."""
+    lm_weight: float = Field(default=1.0, ge=0.0, allow_inf_nan=False)
+    word_score: float = Field(default=0.0, allow_inf_nan=False)
+    """What each word adds, where the n-gram model is over words: it counters that more words are less probable."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.dim % self.heads or self.dim % 2:
-            raise ValueError(f"Expected an even dim divisible by heads, got dim {self.dim} and heads {self.heads}.")
-        if self.kernel % 2 == 0:
-            raise ValueError(f"Expected an odd kernel, so that a frame is centred on its input; got {self.kernel}.")
-        if self.stride > self.kernel:
-            raise ValueError(f"Expected stride <= kernel, or features between frames are lost; got {self.stride} > {self.kernel}.")
+        if self.beam == 0 and self.model_dump(exclude_defaults=True):
+            raise ValueError("Expected beam >= 1 with the other options of the decoder: greedy decoding has none.")
+        if self.word_score and (self.lm is None or self.unit != "word"):
+            raise ValueError("Expected lm with unit 'word' beside word_score: without these nothing counts words.")
         return self
 
 
@@ -78,10 +77,13 @@ class AsrOptions(Options):
     """Speech recognition by characters and CTC: the corpus, the features, the model, and where features are kept."""
 
     name: Literal["asr"] = "asr"
+    languages: tuple[str, ...] = ("en",)
+    """What is spoken, by ISO 639-1 codes: their letters, in this order, are what the model spells with (see docs/languages.md)."""
     corpus: CorpusOptions = EmbeddedOptions()
     features: FeatureOptions = FeatureOptions()
     augment: AugmentOptions = AugmentOptions()
-    model: ModelOptions = ModelOptions()
+    model: AnyModelOptions = ModelOptions()
+    decoder: DecoderOptions = DecoderOptions()
     max_seconds: float = Field(default=20.0, gt=0.0)
     """Longer recordings are left out, and counted: attention costs the square of the length."""
     cache_dir: Path | None = None
@@ -89,8 +91,18 @@ class AsrOptions(Options):
     cache_mb: float = Field(default=1024.0, ge=0.0)
     """How much the cache may hold before the longest unused entries go; 0 keeps nothing."""
 
+    @field_validator("languages")
+    @classmethod
+    def _known(cls, languages: tuple[str, ...]) -> tuple[str, ...]:
+        return Alphabet(languages).languages
+
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if isinstance(self.corpus, StampsOptions) and not {*self.corpus.languages} <= {*self.languages}:
+            raise ValueError(
+                f"expected task.languages to have all of task.corpus.languages, got {list(self.languages)} "
+                f"and {list(self.corpus.languages)}"
+            )
         if self.augment.enabled and self.augment.frequency_width > self.features.n_mels:
             raise ValueError(
                 f"Expected augment.frequency_width <= features.n_mels, got {self.augment.frequency_width} > {self.features.n_mels}."

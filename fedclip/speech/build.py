@@ -8,7 +8,7 @@ from fedclip.speech.corpus import Corpus
 from fedclip.speech.embedded import EmbeddedCorpus
 from fedclip.speech.errors import CorpusError, SynthesizerError
 from fedclip.speech.espeak import library_version
-from fedclip.speech.options import CorpusOptions, EmbeddedOptions, ListedOptions, SpokenDigitsOptions
+from fedclip.speech.options import CorpusOptions, EmbeddedOptions, ListedOptions, SpokenDigitsOptions, StampsOptions
 
 if TYPE_CHECKING:
     from fedclip.speech.index_file import Watch
@@ -55,7 +55,7 @@ def build_corpus(
 
 
 def _open_recorded(
-    options: SpokenDigitsOptions | ListedOptions,
+    options: SpokenDigitsOptions | StampsOptions | ListedOptions,
     population: int | None,
     data_dir: Path,
     seed: int,
@@ -68,11 +68,14 @@ def _open_recorded(
         from fedclip.asr.cache import default_folder
         from fedclip.speech.digits import SpokenDigitsCorpus
         from fedclip.speech.recorded import RecordedCorpus
+        from fedclip.speech.stamps import StampsCorpus
     except ModuleNotFoundError as error:
         raise CorpusError(f"Reading recordings needs the package {error.name}; install it with: pip install {error.name}") from error
-    corpus: RecordedCorpus | SpokenDigitsCorpus
+    corpus: RecordedCorpus | SpokenDigitsCorpus | StampsCorpus
     if isinstance(options, SpokenDigitsOptions):
         corpus = SpokenDigitsCorpus.open(options, data_dir, seed)
+    elif isinstance(options, StampsOptions):
+        corpus = StampsCorpus.open(options, data_dir)
     else:
         corpus = RecordedCorpus.open(options, data_dir, cache=(cache_dir or default_folder()) / INDEXES, content=index, watch=watch)
     if not index:

@@ -16,7 +16,7 @@ class Utterance:
     audio: np.ndarray
     text: str
     language: str = ""
-    """The code of its language, such as `en`; empty where that is not known."""
+    """The code of its language and perhaps a region ("fr", "sv-SE"), by which the text is normalised; empty where it isn't told."""
     fault: str = ""
     """Why its recording cannot be read; there is no audio then."""
 

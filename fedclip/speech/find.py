@@ -69,6 +69,11 @@ def spoken_digits(folder: Path) -> Path | None:
     return folder if (folder / "recordings").is_dir() else None
 
 
+def tuxpaint_stamps(folder: Path) -> Path | None:
+    """Return the folder of the stamps, which has a folder a topic: this one, or the one of the package unpacked into it."""
+    return _first((folder / "usr/share/tuxpaint/stamps", folder), lambda place: any(place.glob("*/**/*_desc_??.ogg")))
+
+
 FINDERS: Final[Mapping[str, Callable[[Path], Path | None]]] = {
     "manifest": manifest,
     "spoken_digits": spoken_digits,
@@ -77,6 +82,7 @@ FINDERS: Final[Mapping[str, Callable[[Path], Path | None]]] = {
     "speech_commands": speech_commands,
     "tedlium": tedlium,
     "voxpopuli": voxpopuli,
+    "tuxpaint_stamps": tuxpaint_stamps,
 }
 """For each kind of corpus, where in a folder it is, or None."""
 
@@ -88,6 +94,7 @@ EXPECTED: Final[Mapping[str, str]] = {
     "speech_commands": "testing_list.txt and <word>/<speaker>_nohash_<number>.wav",
     "tedlium": "train/stm/<talk>.stm and train/sph/<talk>.sph",
     "voxpopuli": "<language>/asr_train.tsv and <language>/<year>/<id>.ogg",
+    "tuxpaint_stamps": "the stamps of `make stamps`",
 }
 """For each kind of corpus, what a person should find in its folder."""
 

@@ -138,8 +138,27 @@ class SpokenDigitsOptions(Options):
         return self
 
 
+StampLanguage = Literal["bg", "es", "fr", "ro", "ru"]
+"""The languages whose recordings say what their texts say; those of the others were made for other texts."""
+
+
+class StampsOptions(Options):
+    """The spoken descriptions of Tux Paint's stamps, from Debian's package tuxpaint-stamps-default (`make stamps`, GPL-2).
+
+    There is one voice a language. `users_per_language`: into how many pseudo-users its phrases are dealt, which are not different
+    people; `deal`: "random" deals by a hash of the text, "topic" gives a user neighbouring stamps (animals, food, signs). Which
+    phrases are held out depends on a hash of the text.
+    """
+
+    kind: Literal["tuxpaint_stamps"] = "tuxpaint_stamps"
+    languages: Annotated[tuple[StampLanguage, ...], Field(min_length=1)] = ("bg", "es", "fr", "ro", "ru")
+    held_out_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    users_per_language: Annotated[int, Field(ge=1, le=1000)] = 10
+    deal: Literal["random", "topic"] = "random"
+
+
 ListedOptions = ManifestOptions | LibriSpeechOptions | CommonVoiceOptions | SpeechCommandsOptions | TedLiumOptions | VoxPopuliOptions
 """The sections of corpora that are read through an index of their listings."""
 
-CorpusOptions = Annotated[EmbeddedOptions | SpokenDigitsOptions | ListedOptions, Field(discriminator="kind")]
+CorpusOptions = Annotated[EmbeddedOptions | SpokenDigitsOptions | StampsOptions | ListedOptions, Field(discriminator="kind")]
 """Any corpus section; its `kind` says which."""

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Self, overload
@@ -12,11 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from fedclip.asr.cache import Recording, open_cache
-from fedclip.asr.features import LogMel, spec_augment
-from fedclip.asr.metrics import bootstrap_interval, count_errors, error_rate
-from fedclip.asr.model import ctc_losses, make_transformer
+from fedclip.asr.decoding import open_decoder
+from fedclip.asr.features import spec_augment
+from fedclip.asr.inputs import open_inputs
+from fedclip.asr.languages import code_of
+from fedclip.asr.metrics import bootstrap_interval, count_errors_by_group, error_rate, rates_by_group, rates_over_speakers
+from fedclip.asr.model import ctc_losses
+from fedclip.asr.models import make_model, make_skeleton
 from fedclip.asr.options import AsrOptions
-from fedclip.asr.text import SYMBOLS, encode, frames_needed, greedy, normalise
+from fedclip.asr.text import Alphabet, frames_needed
 from fedclip.speech.build import build_corpus
 from fedclip.speech.corpus import SAMPLE_RATE, Corpus, Utterance
 
@@ -32,11 +37,12 @@ LENGTH_JITTER: Final = 0.2
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """What an utterance is to training: float16 features, shape (time, mel), its symbols, and its normalised text."""
+    """What an utterance is to training: float16 features, shape (time, width), its symbols, its normalised text, its language."""
 
     features: Tensor
     target: tuple[int, ...]
     text: str
+    language: str = ""
 
 
 @dataclass(frozen=True)
@@ -84,7 +90,7 @@ class Batch:
     """Padded utterances: what a model and the CTC loss take."""
 
     features: Tensor
-    """float32, 0 past the end of an utterance, shape (batch, time, mel)."""
+    """float32, 0 past the end of an utterance, shape (batch, time, width)."""
     lengths: Tensor
     """Frames of each utterance, shape (batch,)."""
     targets: Tensor
@@ -109,14 +115,20 @@ class AsrTask:
             options: Features, augmentation, model and cache; the corpus section was used to build `corpus`.
             corpus: Who speaks.
             seed: Fixes the initial weights.
-            make_model: Any `Module(features, lengths) -> (logits, frames)` instead of the transformer of `options.model`,
-                with the same weights at each call. Utterances that need more frames than it has add nothing to the loss.
+            make_model: Any `Module(features, lengths) -> (logits, frames)` instead of that of `options.model`, with the same
+                weights at each call. Without a method `output_lengths`, utterances that need more frames than it has add nothing
+                to the loss.
+
+        Raises:
+            ConfigError: a pretrained model or an n-gram model is not there, or does not go with the other options.
         """
         self._options = options
         self._corpus = corpus
         self._seed = seed
         self._make_model = make_model
-        self._log_mel = LogMel(options.features)
+        self._alphabet = Alphabet(options.languages)
+        self._inputs = open_inputs(options)
+        self._decode = open_decoder(options.decoder, self._alphabet)
         self._cache = open_cache(options.cache_dir, options.cache_mb)
 
     @property
@@ -139,14 +151,16 @@ class AsrTask:
         """Return how many utterances the corpus has no use for, by cause, each with the first of them."""
         return getattr(self._corpus, "skipped", {})
 
+    @property
+    def note(self) -> str:
+        """Return what every report on this data must say, empty for most."""
+        return str(getattr(self._corpus, "note", ""))
+
     def make_model(self) -> nn.Module:
         """Return a new model with the initial weights that the seed fixes."""
         if self._make_model is not None:
             return self._make_model()
-        features = self._options.features
-        return make_transformer(
-            self._options.model, n_mels=features.n_mels, symbols=SYMBOLS, hop_seconds=features.hop_ms / 1000, seed=self._seed
-        )
+        return make_model(self._options, width=self._inputs.width, symbols=self._alphabet.symbols, seed=self._seed)
 
     def load_user(self, user: int, rng: np.random.Generator) -> Examples:
         """Return what of a speaker can be trained on, and the count of what can't."""
@@ -195,8 +209,9 @@ class AsrTask:
         return ctc_losses(logits, frames, batch.targets, batch.target_lengths).mean()
 
     def evaluate(self, model: nn.Module, unit: int) -> dict[str, float]:
-        """Return the error counts of a held-out speaker by greedy decoding, the sum of its losses, and what they are over.
+        """Return the error counts of a held-out speaker, the sum of its losses, and what they are over.
 
+        The errors are counted for each language that the corpus names, too.
         What no model could spell still counts as errors; only over-long and unreadable audio is left out, and counted.
         """
         examples, faults = self._examples("held_out", unit, lambda: self._corpus.held_out(unit), keep=True)
@@ -207,7 +222,7 @@ class AsrTask:
             texts, losses = self._transcribe(model, heard[start : start + EVALUATION_BATCH])
             hypotheses += texts
             loss_sum += losses
-        return count_errors([e.text for e in heard], hypotheses) | {
+        return count_errors_by_group([e.text for e in heard], hypotheses, [code_of(e.language) for e in heard]) | {
             "loss_sum": loss_sum,
             "loss_utterances": float(sum(self._alignable(e) for e in heard)),
             "utterances": float(len(heard)),
@@ -215,8 +230,9 @@ class AsrTask:
         }
 
     def summarise(self, counts: Sequence[Mapping[str, float]], seed: int) -> dict[str, float]:
-        """Return `eval_loss`, `wer` and `cer` with 95% intervals over speakers, and how much they are over.
+        """Return `eval_loss`, `wer` and `cer` with 95% intervals over speakers, their spread, and how much they are over.
 
+        Where there are several languages, `wer.fr` and so on are the rates of each.
         A rate over no words is NaN.
         """
         totals = {key: sum(c[key] for c in counts) for key in ("loss_sum", "loss_utterances", "utterances", "words", "left_out")}
@@ -224,7 +240,8 @@ class AsrTask:
         for name, unit in (("wer", "word"), ("cer", "character")):
             low, high = bootstrap_interval(counts, unit, seed)
             summary |= {name: error_rate(counts, unit), f"{name}_low": low, f"{name}_high": high}
-        return summary | {f"eval_{key}": totals[key] for key in ("utterances", "words", "left_out")}
+        summary |= {f"eval_{key}": totals[key] for key in ("utterances", "words", "left_out")}
+        return summary | rates_over_speakers(counts) | rates_by_group(counts)
 
     def _examples(
         self, split: str, speaker: int, read: Callable[[], list[Utterance]], *, keep: bool
@@ -233,7 +250,7 @@ class AsrTask:
 
         Over-long ones have no frames, those that can't be spelt no target. A speaker with a fault is not kept: it may be mended.
         """
-        key = json.dumps(["log-mel", self._corpus.recipe, self._options.features.model_dump(), self._options.max_seconds, split, speaker])
+        key = json.dumps([self._inputs.recipe, self._corpus.recipe, self._options.max_seconds, split, speaker])
         recordings, faults = self._cache.get(key) if keep else None, tuple[str, ...]()
         if recordings is None:
             utterances = read()
@@ -241,16 +258,33 @@ class AsrTask:
             recordings = tuple(self._record(utterance) for utterance in utterances if not utterance.fault)
             if keep and not faults:
                 self._cache.put(key, recordings)
-        return [_example(recording) for recording in recordings], faults
+        return [self._example(recording) for recording in recordings], faults
 
     def _record(self, utterance: Utterance) -> Recording:
         if len(utterance.audio) > self._options.max_seconds * SAMPLE_RATE:
-            return Recording(torch.empty(0, self._options.features.n_mels, dtype=torch.float16), utterance.text)
-        return Recording(self._log_mel(utterance.audio), utterance.text)
+            return Recording(torch.empty(0, self._inputs.width, dtype=torch.float16), utterance.text, utterance.language)
+        return Recording(self._inputs(utterance.audio), utterance.text, utterance.language)
+
+    def _example(self, recording: Recording) -> Example:
+        text = self._alphabet.normalise(recording.text, recording.language)
+        try:
+            target = self._alphabet.encode(text)
+        except ValueError:
+            target = ()
+        return Example(recording.features, target, text, recording.language)
 
     def _alignable(self, example: Example) -> bool:
-        frames = -(-len(example.features) // self._options.model.stride)
-        return 0 < frames_needed(example.target) <= frames
+        return 0 < frames_needed(example.target) <= self._frames(len(example.features))
+
+    def _frames(self, features: int) -> int:
+        """Return how many output frames so many feature frames give; as many, where a model does not say."""
+        return int(self._output_lengths(torch.tensor(features))) if self._output_lengths is not None else features
+
+    @cached_property
+    def _output_lengths(self) -> Callable[[Tensor], Tensor] | None:
+        given = self._make_model
+        model = given() if given is not None else make_skeleton(self._options, width=self._inputs.width, symbols=self._alphabet.symbols)
+        return getattr(model, "output_lengths", None)
 
     def _transcribe(self, model: nn.Module, examples: Sequence[Example]) -> tuple[list[str], float]:
         """Return the transcripts of a batch and the sum of the losses of those that have one."""
@@ -258,9 +292,8 @@ class AsrTask:
         with torch.no_grad():
             logits, frames = model(batch.features, batch.lengths)
             losses = ctc_losses(logits, frames, batch.targets, batch.target_lengths)
-        paths = zip(logits.argmax(dim=-1).tolist(), frames.tolist(), strict=True)
         alignable = torch.tensor([self._alignable(e) for e in examples], device=losses.device)
-        return [greedy(path[:count]) for path, count in paths], float(losses[alignable].sum())
+        return self._decode(logits, frames), float(losses[alignable].sum())
 
 
 def collate(examples: Sequence[Example]) -> Batch:
@@ -284,15 +317,6 @@ def build_asr(
         options.corpus, population=population, data_dir=data_dir, seed=seed, cache_dir=options.cache_dir, index=index, watch=watch
     )
     return AsrTask(options, corpus, seed)
-
-
-def _example(recording: Recording) -> Example:
-    text = normalise(recording.text)
-    try:
-        target = encode(text)
-    except ValueError:
-        target = ()
-    return Example(recording.features, target, text)
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -43,11 +43,14 @@ class TaskRecipe:
     def of(cls, experiment: Experiment) -> "TaskRecipe":
         """Return the recipe of an experiment's task. Paths become absolute: workers run in other folders."""
         folder, options = experiment.run.data_dir, experiment.plain()["task"]
-        place, _, factory = options["name"].rpartition(":")
-        if place.endswith(".py"):
-            options["name"] = f"{Path(place).expanduser().absolute()}:{factory}"
-        if "cache_dir" in options:
-            options["cache_dir"] = str(Path(options["cache_dir"]).expanduser().absolute())
+        model, decoder = options.get("model"), options.get("decoder", {})
+        for section in (options, *([model] if isinstance(model, dict) else [])):
+            place, _, factory = section.get("name", "").rpartition(":")
+            if place.endswith(".py"):
+                section["name"] = f"{_absolute(place)}:{factory}"
+        for section, key in ((options, "cache_dir"), (decoder, "lm")):
+            if key in section:
+                section[key] = _absolute(section[key])
         data_dir = str(folder.expanduser().absolute()) if folder else None
         return cls(json.dumps(options, sort_keys=True), experiment.population.size, experiment.run.seed, data_dir)
 
@@ -84,3 +87,7 @@ class TaskRecipe:
         except Exception as error:
             raise ConfigError(f"task.name: '{options.name}' raised when it was built: {type(error).__name__}: {error}.") from error
         return task
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().absolute())

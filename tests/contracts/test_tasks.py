@@ -1,6 +1,8 @@
 """One suite for every `Task`: pure, deterministic, and what the engine and the metrics ask of it. A task is a line in `TASKS`."""
 
+import atexit
 import copy
+import functools
 import pickle
 import tempfile
 from pathlib import Path
@@ -9,11 +11,14 @@ import numpy as np
 import pytest
 import torch
 
+from fedclip.asr.model_options import ConformerOptions, PretrainedOptions
+from fedclip.asr.options import FeatureOptions
 from fedclip.layout import Layout
 from fedclip.tasks.vision import build_vision
 from fedclip.tasks.vision_options import VisionOptions
 from tests.fedclip.tasks.test_asr import task as tones_task
 from tests.idx_folder import write_idx_folder
+from tests.pretrained_folder import write_pretrained
 
 
 def images(**options):
@@ -23,11 +28,21 @@ def images(**options):
         return build_vision(VisionOptions(name="vision", data="idx", **options), population=6, seed=3, data_dir=written)
 
 
+@functools.cache
+def wav2vec2():
+    """The folder of a tiny pretrained model, which goes with this process."""
+    folder = tempfile.TemporaryDirectory()
+    atexit.register(folder.cleanup)
+    return write_pretrained(Path(folder.name), "wav2vec2")
+
+
 TASKS = {
     "vision": lambda: build_vision(VisionOptions(name="vision", channels=2), population=12, seed=3),
     "idx": lambda: images(channels=2, hidden=8),
     "resnet": lambda: images(model="resnet18"),
     "asr": lambda: tones_task(seed=3),
+    "conformer": lambda: tones_task(seed=3, model=ConformerOptions(dim=8, layers=1, heads=2, mlp_dim=8, depthwise_kernel=3)),
+    "pretrained": lambda: tones_task(seed=3, model=PretrainedOptions(path=wav2vec2()), features=FeatureOptions()),
 }
 
 

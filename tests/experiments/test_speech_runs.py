@@ -15,6 +15,7 @@ from experiments.engines import open_engine
 from experiments.prepare import corpus_kind, prepare, read_experiment
 from fedclip.options import ConfigError
 from tests.speech_folder import write_spoken_digits
+from tests.stamps_folder import write_stamps
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 SMALL = (
@@ -128,3 +129,48 @@ def test_digits_reach_ten_percent_on_held_out_recordings(digits: Path, tmp_path:
     status, output = run("run", EXPERIMENTS / "digits.toml", "--data-dir", digits, "--out", out)
     assert status == 0, output
     assert json.loads((out / "summary.json").read_text())["wer"] <= 0.10
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_languages_and_speakers_have_the_same_figures_in_one_process_and_on_ray(tmp_path: Path) -> None:
+    folder = write_stamps(tmp_path / "data")
+    overrides = [*SMALL, 'task.languages=["ru", "fr"]', 'task.corpus.languages=["ru", "fr"]', "task.corpus.users_per_language=2"]
+    options = [part for key in (*overrides, "run.workers=2", "task.augment.enabled=false", "evaluation.every=1") for part in ("--set", key)]
+    written = []
+    for engine in ("process", "ray"):
+        out = tmp_path / engine
+        given = (
+            "run",
+            EXPERIMENTS / "languages.toml",
+            "--data-dir",
+            folder,
+            "--out",
+            out,
+            "--rounds",
+            "1",
+            "--set",
+            f"run.engine={engine}",
+        )
+        status, output = run(*given, *options)
+        assert status == 0, output
+        summary, speakers = json.loads((out / "summary.json").read_text()), (out / "speakers.jsonl").read_text()
+        row = json.loads((out / "metrics.jsonl").read_text())
+        same = {k: v for k, v in row.items() if k not in ("round_seconds", "users_per_second")}
+        written.append((same, speakers))
+        assert row["wer.fr"] == summary["wer.fr"]
+        for said in ("WER by language: fr ", "WER by speaker: median ", "not different people"):
+            assert said in output
+    assert written[0] == written[1]
+    rows = [json.loads(line) for line in written[0][1].splitlines()]
+    assert [r["group"] for r in rows] == ["fr", "ru"]
+    assert row["wer"] == sum(r["word_errors"] for r in rows) / sum(r["words"] for r in rows)
+    assert [row["wer.fr"], row["wer.ru"]] == [r["wer"] for r in rows]
+    assert row["wer_worst_decile"] == max(r["wer"] for r in rows)
+    status, output = run("evaluate", tmp_path / "ray", "--json")
+    assert status == 0, output
+    again = json.loads(output)
+    assert again["speakers"] == rows
+    assert again["note"] == summary["note"]
+    assert "not different people" in again["note"]
+    status, output = run("evaluate", tmp_path / "ray", "--set", 'task.languages=["fr", "ru"]')
+    assert (status, "spells ru, fr" in output) == (2, True), output

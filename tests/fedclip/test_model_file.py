@@ -1,5 +1,7 @@
 """Saved models: they come back bit for bit with their experiment, and anything else is refused by name."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors import safe_open
@@ -7,7 +9,7 @@ from safetensors.torch import save_file
 
 from fedclip.config import make_experiment
 from fedclip.layout import Layout
-from fedclip.model_file import flatten, load_model, save_model
+from fedclip.model_file import check_alphabet, flatten, load_model, save_model
 from fedclip.options import ConfigError
 
 EXPERIMENT = make_experiment(
@@ -53,6 +55,18 @@ def test_what_is_no_model_of_this_project_is_refused(tmp_path):
     save_file({"x": torch.ones(1)}, tmp_path / "foreign", {"format": "pt"})
     with pytest.raises(ConfigError, match="format pt"):
         load_model(tmp_path / "foreign")
+
+
+def test_a_model_that_spells_with_other_characters_is_refused():
+    def spelling(*languages):
+        return make_experiment(EXPERIMENT.plain() | {"task": {"name": "asr", "languages": list(languages)}})
+
+    here = Path("some/model")
+    check_alphabet(here, spelling("en"), spelling("en"))
+    check_alphabet(here, spelling("da"), spelling("nb"))
+    check_alphabet(here, EXPERIMENT, spelling("fr"))
+    with pytest.raises(ConfigError, match=r"some/model spells fr, en \(46 symbols\).*give task\.languages = \['fr', 'en'\]"):
+        check_alphabet(here, spelling("fr", "en"), spelling("en", "fr"))
 
 
 def test_a_model_of_another_shape_is_refused_by_the_tensors_that_differ():

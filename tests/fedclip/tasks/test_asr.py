@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fedclip.asr.options import AsrOptions, AugmentOptions, FeatureOptions, ModelOptions
+from fedclip.options import ConfigError
 from fedclip.speech.corpus import SAMPLE_RATE, Utterance
 from fedclip.tasks.asr import AsrTask, LeftOut
 from fedclip.tasks.base import Task
@@ -219,6 +220,29 @@ def test_a_cached_speaker_is_read_once_and_gives_the_same_bits(tmp_path):
     assert unusable[0].left_out == unusable[1].left_out == task(plain).load_user(4, rng()).left_out
     other = task(cached, cache_mb=1, cache_dir=tmp_path, features=FeatureOptions(n_mels=24))
     assert other.load_user(0, rng())[0].features.shape[1] == 24
+
+
+class Polyglots(Tones):
+    """One word in two languages of which only one has its letter, and one that no language of the task can spell."""
+
+    def train(self, speaker, rng):
+        return [
+            Utterance(sound("ab"), "\u00c9b", "fr"),
+            Utterance(sound("ab"), "\u00c9b", "en-GB"),
+            Utterance(sound("ab"), "\u0436b", "fr"),
+        ]
+
+
+def test_each_text_is_spelt_by_its_own_language_from_the_cache_too(tmp_path):
+    corpus = Polyglots()
+    described = task(corpus, languages=("en", "fr"), cache_mb=1, cache_dir=tmp_path)
+    for examples in (described.load_user(0, rng()), described.load_user(0, rng())):
+        assert [e.text for e in examples] == ["\u00e9b", "eb"]
+        assert examples[0].target[0] > 29 > examples[1].target[0]
+        assert examples.left_out == LeftOut(untranscribable=1)
+    assert len(described.make_model().output.bias) == 30 + 16
+    with pytest.raises(ConfigError, match="add 'fr'"):
+        task(corpus).load_user(0, rng())
 
 
 def test_what_differs_from_round_to_round_is_not_cached_but_held_out_speech_is(tmp_path):
