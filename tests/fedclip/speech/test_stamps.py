@@ -6,7 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.prepare import corpus_kind
+from experiments.prepare import corpus_kind, read_experiment
+from fedclip.asr.options import AsrOptions
+from fedclip.options import ConfigError
 from fedclip.speech.build import build_corpus
 from fedclip.speech.corpus import SAMPLE_RATE, Utterance
 from fedclip.speech.errors import CorpusError
@@ -14,6 +16,7 @@ from fedclip.speech.options import StampsOptions
 from fedclip.speech.stamps import StampsCorpus
 from tests.stamps_folder import write_stamp, write_stamps
 
+EXPERIMENTS = Path(__file__).parents[3] / "experiments"
 FRENCH = StampsOptions(languages=("fr",), users_per_language=3, held_out_fraction=0.3)
 
 
@@ -97,6 +100,12 @@ def test_a_folder_of_stamps_is_known_from_above_and_from_within(stamps: Path, tm
     assert corpus_kind(stamps) == corpus_kind(stamps / "usr/share/tuxpaint/stamps") == "tuxpaint_stamps"
     within = StampsCorpus.open(FRENCH, stamps / "usr/share/tuxpaint/stamps")
     assert within.recipe == StampsCorpus.open(FRENCH, stamps).recipe
+    experiment = read_experiment(EXPERIMENTS / "quickstart.toml", [], stamps)
+    assert isinstance(experiment.task, AsrOptions)
+    assert experiment.task.corpus == StampsOptions()
+    assert experiment.task.languages == StampsOptions().languages
+    with pytest.raises(ConfigError, match=r"expected task\.languages to have all of task\.corpus\.languages"):
+        read_experiment(EXPERIMENTS / "languages.toml", ['task.languages=["fr"]'])
     (tmp_path / "manifest.csv").write_text("speaker,path,text\n")
     assert corpus_kind(tmp_path, "tuxpaint_stamps") == "manifest"
 
