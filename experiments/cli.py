@@ -150,6 +150,25 @@ def compare(
 
 
 @app.command()
+def users(
+    experiment: ExperimentFile,
+    set_: Set = None,
+    data_dir: DataDir = None,
+    sample: Annotated[int | None, typer.Option(min=1, help="users to look at; by default up to 5,000", show_default=False)] = None,
+    out: Annotated[Path | None, typer.Option(help="draw them: a .png, .svg or .pdf", show_default=False)] = None,
+    json: Json = False,
+) -> None:
+    """Say who the users of an experiment are: examples, seconds of audio and labels of each, before anything is trained.
+
+    Example: `fedclip users experiments/vision.toml --out users.png`
+    """
+    checked = _read(experiment, set_, data_dir)
+    from experiments.users import users_command
+
+    raise typer.Exit(_guarded(lambda: users_command(checked, sample, out, json)))
+
+
+@app.command()
 def budget(
     population: Annotated[int | None, typer.Option(min=1, help="users there are", show_default=False)] = None,
     cohort: Annotated[float | None, typer.Option(help="expected users a round", show_default=False)] = None,

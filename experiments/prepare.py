@@ -29,6 +29,7 @@ MAY_CHANGE = (
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from fedclip.layout import Layout
     from fedclip.method import Method
@@ -115,11 +116,12 @@ def corpus_kind(folder: Path, preferred: str = "") -> str:
     )
 
 
-def prepare(experiment: Experiment, *, resume: bool = False) -> Prepared:
+def prepare(experiment: Experiment, *, resume: bool = False, weights: bool = True) -> Prepared:
     """Return the experiment with its task built, its population known and its method checked.
 
     Without `population.size` the population is all the users that the data has, and a larger cohort means all of them. A run that is
-    gone on with does not need the model that it began with.
+    gone on with does not need the model that it began with. Without `weights` none are drawn, where the model can do without: its
+    tensors are on the meta device.
 
     Raises:
         ConfigError: the task, its data or the method are refused.
@@ -134,18 +136,14 @@ def prepare(experiment: Experiment, *, resume: bool = False) -> Prepared:
         raise ConfigError(f"run.device: '{experiment.run.device}' is not there (torch finds no GPU); use 'cpu'.")
     size = experiment.population.size
     task = TaskRecipe.of(experiment).build()
-    layout = _layout_of(task, experiment)
+    layout = _layout_of(task, experiment, weights)
     experiment, initial = (experiment, None) if resume else _with_initial(experiment, layout)
     if size is None:
         cohort = min(experiment.sampler.cohort, float(task.users))
         sampler = experiment.sampler.model_copy(update={"cohort": cohort})
         population = experiment.population.model_copy(update={"size": task.users})
         experiment = experiment.model_copy(update={"population": population, "sampler": sampler})
-    elif size > task.users:
-        raise ConfigError(
-            f"population.size: expected at most {task.users}, the users that the data has, got {size}; leave it out to take them all."
-        )
-    users = experiment.population.size or task.users
+    users = population_of(experiment, task)
     try:
         experiment = calibrated(experiment, users)
         method = build_method(experiment, users)
@@ -155,6 +153,20 @@ def prepare(experiment: Experiment, *, resume: bool = False) -> Prepared:
     except ValueError as error:
         raise ConfigError(f"strategy: {error}") from error
     return Prepared(experiment, TaskRecipe.of(experiment), task, method, initial)
+
+
+def population_of(experiment: Experiment, task: "Task") -> int:
+    """Return how many users take part: `population.size`, or all that the data has.
+
+    Raises:
+        ConfigError: the data has fewer.
+    """
+    size = experiment.population.size
+    if size is not None and size > task.users:
+        raise ConfigError(
+            f"population.size: expected at most {task.users}, the users that the data has, got {size}; leave it out to take them all."
+        )
+    return size or task.users
 
 
 def read_run(run: Path, overrides: list[str], data_dir: Path | None = None) -> Experiment:
@@ -206,13 +218,24 @@ def _with_initial(experiment: Experiment, layout: "Layout") -> "tuple[Experiment
     return experiment.model_copy(update={"run": experiment.run.model_copy(update=origin)}), params
 
 
-def _layout_of(task: "Task", experiment: Experiment) -> "Layout":
+def _layout_of(task: "Task", experiment: Experiment, weights: bool) -> "Layout":
     """Return the layout of a task's model: the first look at a task that may be a user's own."""
     from fedclip.layout import Layout
 
     try:
         if min(int(task.users), int(task.held_out_units)) < 1:
             raise ValueError(f"it has {task.users} users and {task.held_out_units} held-out units")
-        return Layout.of(task.make_model())
+        return Layout.of(task.make_model() if weights else model_without_weights(task))
     except Exception as error:
         raise ConfigError(f"task.name: '{experiment.task.name}' gives no task to run: {type(error).__name__}: {error}.") from error
+
+
+def model_without_weights(task: "Task") -> "nn.Module":
+    """Return a task's model on the meta device, where nothing takes room; with weights where it cannot be made there."""
+    import torch
+
+    try:
+        with torch.device("meta"):
+            return task.make_model()
+    except Exception:  # noqa: BLE001  a user's own model may need its values when it is made
+        return task.make_model()
