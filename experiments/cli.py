@@ -150,6 +150,26 @@ def compare(
 
 
 @app.command()
+def plan(
+    experiment: ExperimentFile,
+    set_: Set = None,
+    data_dir: DataDir = None,
+    cohort: Annotated[float | None, typer.Option(help="users a round", show_default=False)] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="worker processes on Ray", show_default=False)] = None,
+    measure: Annotated[bool, typer.Option("--measure/--no-measure", help="measure one step of one user")] = True,
+    json: Json = False,
+) -> None:
+    """Say what a run costs before it is run: memory, operations, bytes both ways, time, disk; from one step of one user.
+
+    Example: `fedclip plan experiments/quickstart.toml --cohort 1000 --workers 64`
+    """
+    checked = _read(experiment, [*(set_ or []), *([] if cohort is None else [f"sampler.cohort={cohort}"])], data_dir)
+    from experiments.plan import plan_command
+
+    raise typer.Exit(_guarded(lambda: plan_command(checked, workers, measure, json)))
+
+
+@app.command()
 def users(
     experiment: ExperimentFile,
     set_: Set = None,

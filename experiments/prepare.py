@@ -29,7 +29,6 @@ MAY_CHANGE = (
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
 
     from fedclip.layout import Layout
     from fedclip.method import Method
@@ -221,21 +220,11 @@ def _with_initial(experiment: Experiment, layout: "Layout") -> "tuple[Experiment
 def _layout_of(task: "Task", experiment: Experiment, weights: bool) -> "Layout":
     """Return the layout of a task's model: the first look at a task that may be a user's own."""
     from fedclip.layout import Layout
+    from fedclip.shapes import shapes_only
 
     try:
         if min(int(task.users), int(task.held_out_units)) < 1:
             raise ValueError(f"it has {task.users} users and {task.held_out_units} held-out units")
-        return Layout.of(task.make_model() if weights else model_without_weights(task))
+        return Layout.of(task.make_model() if weights else shapes_only(task.make_model))
     except Exception as error:
         raise ConfigError(f"task.name: '{experiment.task.name}' gives no task to run: {type(error).__name__}: {error}.") from error
-
-
-def model_without_weights(task: "Task") -> "nn.Module":
-    """Return a task's model on the meta device, where nothing takes room; with weights where it cannot be made there."""
-    import torch
-
-    try:
-        with torch.device("meta"):
-            return task.make_model()
-    except Exception:  # noqa: BLE001  a user's own model may need its values when it is made
-        return task.make_model()
