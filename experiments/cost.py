@@ -161,7 +161,7 @@ def cost_of(experiment: Experiment, workers: int, trial_wanted: bool = True) -> 
     Raises:
         ConfigError: the experiment is refused, or the user that was to be measured cannot be trained.
     """
-    prepared = prepare(experiment, resume=True, weights=False)
+    prepared = prepare(_with_cold_cache(experiment), resume=True, weights=False)
     start_up = resident_bytes()
     method, task, device = prepared.method, prepared.task, prepared.experiment.run.device
     model = shapes_only(task.make_model)
@@ -191,6 +191,14 @@ def cost_of(experiment: Experiment, workers: int, trial_wanted: bool = True) -> 
     updates = method.sampler.expected_cohort if prepared.experiment.run.reply == "updates" else 0.0
     processes, disk = memory(method, sizes, workers, updates), Disk.of(method, layout, sizes, rounds)
     return Cost(prepared, layout, workers, trial, traffic, seconds, start_up, processes, disk)
+
+
+def _with_cold_cache(experiment: Experiment) -> Experiment:
+    """Return the experiment without a cache of features, where a user takes part once at most: what it then loads is new."""
+    size, task = experiment.population.size, experiment.task
+    if size is None or experiment.sampler.cohort * experiment.run.rounds > size or not hasattr(task, "cache_mb"):
+        return experiment
+    return experiment.model_copy(update={"task": task.model_copy(update={"cache_mb": 0.0})})
 
 
 def typical_user(prepared: Prepared) -> int:
