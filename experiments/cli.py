@@ -21,7 +21,8 @@ app.add_typer(bench, name="bench")
 
 T = TypeVar("T")
 
-ExperimentFile = Annotated[Path | None, typer.Argument(metavar="EXPERIMENT.toml", help="the experiment file", show_default=False)]
+ExperimentFile = Annotated[Path, typer.Argument(metavar="EXPERIMENT.toml", help="the experiment file", show_default=False)]
+ExperimentOrRun = Annotated[Path | None, typer.Argument(metavar="EXPERIMENT.toml", help="the experiment file", show_default=False)]
 Resume = Annotated[Path | None, typer.Option(metavar="RUN", help="go on with the run in this folder", show_default=False)]
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=C", help="set a key of the file anew; may be repeated", show_default=False)
@@ -64,7 +65,7 @@ def _fedclip() -> None:
 
 @app.command()
 def run(
-    experiment: ExperimentFile = None,
+    experiment: ExperimentOrRun = None,
     resume: Resume = None,
     set_: Set = None,
     rounds: Rounds = None,
@@ -88,7 +89,7 @@ def run(
 
 @app.command("train-central")
 def train_central(
-    experiment: ExperimentFile = None,
+    experiment: ExperimentOrRun = None,
     resume: Resume = None,
     set_: Set = None,
     rounds: Rounds = None,
@@ -139,6 +140,45 @@ def compare(
     from experiments.compare import compare_command
 
     raise typer.Exit(_guarded(lambda: compare_command(runs, within, plot, json)))
+
+
+@app.command()
+def plan(
+    experiment: ExperimentFile,
+    set_: Set = None,
+    data_dir: DataDir = None,
+    cohort: Annotated[float | None, typer.Option(help="users a round", show_default=False)] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="worker processes on Ray", show_default=False)] = None,
+    measure: Annotated[bool, typer.Option("--measure/--no-measure", help="measure one step of one user")] = True,
+    json: Json = False,
+) -> None:
+    """Say what a run costs before it is run: memory, operations, bytes both ways, time, disk; from one step of one user.
+
+    Example: `fedclip plan experiments/quickstart.toml --cohort 1000 --workers 64`
+    """
+    checked = _read(experiment, [*(set_ or []), *([] if cohort is None else [f"sampler.cohort={cohort}"])], data_dir)
+    from experiments.plan import plan_command
+
+    raise typer.Exit(_guarded(lambda: plan_command(checked, workers, measure, json)))
+
+
+@app.command()
+def users(
+    experiment: ExperimentFile,
+    set_: Set = None,
+    data_dir: DataDir = None,
+    sample: Annotated[int | None, typer.Option(min=1, help="users to look at; by default up to 5,000", show_default=False)] = None,
+    out: Annotated[Path | None, typer.Option(help="draw them: a .png, .svg or .pdf", show_default=False)] = None,
+    json: Json = False,
+) -> None:
+    """Say who the users of an experiment are: examples, seconds of audio and labels of each, before anything is trained.
+
+    Example: `fedclip users experiments/vision.toml --out users.png`
+    """
+    checked = _read(experiment, set_, data_dir)
+    from experiments.users import users_command
+
+    raise typer.Exit(_guarded(lambda: users_command(checked, sample, out, json)))
 
 
 @app.command()

@@ -119,11 +119,12 @@ def corpus_kind(folder: Path, preferred: str = "") -> str:
     return kind
 
 
-def prepare(experiment: Experiment, *, resume: bool = False) -> Prepared:
+def prepare(experiment: Experiment, *, resume: bool = False, weights: bool = True) -> Prepared:
     """Return the experiment with its task built, its population known and its method checked.
 
     Without `population.size` the population is all the users that the data has, and a larger cohort means all of them. A run that is
-    gone on with does not need the model that it began with.
+    gone on with does not need the model that it began with. Without `weights` none are drawn, where the model can do without: its
+    tensors are on the meta device.
 
     Raises:
         ConfigError: the task, its data or the method are refused.
@@ -141,18 +142,14 @@ def prepare(experiment: Experiment, *, resume: bool = False) -> Prepared:
     experiment, size = _with_weights(experiment), experiment.population.size
     with indexing() as watch:
         task = TaskRecipe.of(experiment).build(watch)
-    layout = _layout_of(task, experiment)
+    layout = _layout_of(task, experiment, weights)
     experiment, initial = (experiment, None) if resume else _with_initial(experiment, layout)
     if size is None:
         cohort = min(experiment.sampler.cohort, float(task.users))
         sampler = experiment.sampler.model_copy(update={"cohort": cohort})
         population = experiment.population.model_copy(update={"size": task.users})
         experiment = experiment.model_copy(update={"population": population, "sampler": sampler})
-    elif size > task.users:
-        raise ConfigError(
-            f"population.size: expected at most {task.users}, the users that the data has, got {size}; leave it out to take them all."
-        )
-    users = experiment.population.size or task.users
+    users = population_of(experiment, task)
     try:
         experiment = calibrated(experiment, users)
         method = build_method(experiment, users)
@@ -163,6 +160,20 @@ def prepare(experiment: Experiment, *, resume: bool = False) -> Prepared:
         raise ConfigError(f"strategy: {error}") from error
     recipe = replace(TaskRecipe.of(experiment), index=getattr(task, "index", ""))
     return Prepared(experiment, recipe, task, method, initial, startup)
+
+
+def population_of(experiment: Experiment, task: "Task") -> int:
+    """Return how many users take part: `population.size`, or all that the data has.
+
+    Raises:
+        ConfigError: the data has fewer.
+    """
+    size = experiment.population.size
+    if size is not None and size > task.users:
+        raise ConfigError(
+            f"population.size: expected at most {task.users}, the users that the data has, got {size}; leave it out to take them all."
+        )
+    return size or task.users
 
 
 def read_run(run: Path, overrides: list[str], data_dir: Path | None = None, command: str = "run") -> Experiment:
@@ -229,13 +240,14 @@ def _with_initial(experiment: Experiment, layout: "Layout") -> "tuple[Experiment
     return experiment.model_copy(update={"run": experiment.run.model_copy(update=origin)}), params
 
 
-def _layout_of(task: "Task", experiment: Experiment) -> "Layout":
+def _layout_of(task: "Task", experiment: Experiment, weights: bool) -> "Layout":
     """Return the layout of a task's model: the first look at a task that may be a user's own."""
     from fedclip.layout import Layout
+    from fedclip.shapes import shapes_only
 
     try:
         if min(int(task.users), int(task.held_out_units)) < 1:
             raise ValueError(f"it has {task.users} users and {task.held_out_units} held-out units")
-        return Layout.of(task.make_model())
+        return Layout.of(task.make_model() if weights else shapes_only(task.make_model))
     except Exception as error:
         raise ConfigError(f"task.name: '{experiment.task.name}' gives no task to run: {type(error).__name__}: {error}.") from error

@@ -6,7 +6,7 @@ Imports no PyTorch: whoever mistypes a key is told at once.
 import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from pydantic.fields import FieldInfo
@@ -163,4 +163,7 @@ def _tag(model: type[BaseModel]) -> str | None:
         info = model.model_fields.get(key)
         if info is not None and isinstance(info.default, str):
             return info.default
+        values = get_args(info.annotation) if info is not None else ()
+        if len(values) == 1 and isinstance(values[0], str):
+            return values[0]
     return None

@@ -8,6 +8,7 @@ Whatever a round that did not end has left behind is rolled back. There is no ev
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -15,6 +16,7 @@ import torch
 
 from fedclip.layout import Layout
 from fedclip.sealed import pack_state, read_sealed, sealed, unpack_state
+from fedclip.shapes import shapes_only, tensor_bytes
 from fedclip.storage import Storage
 from fedclip.transform import State
 
@@ -61,13 +63,6 @@ def apart(state: State, vector: torch.Tensor) -> State:
     return state.clone() if shares else state
 
 
-def state_bytes(state: State) -> int:
-    """Return how many bytes the tensors of a state take."""
-    if isinstance(state, tuple):
-        return sum(state_bytes(part) for part in state)
-    return state.numel() * state.element_size() if isinstance(state, torch.Tensor) else 0
-
-
 @dataclass(frozen=True)
 class Forecast:
     """How much room the states of users will take.
@@ -87,8 +82,8 @@ class Forecast:
     @classmethod
     def of(cls, method: "Method", layout: Layout, rounds: int) -> "Forecast":
         """Return the forecast for a number of rounds of a method."""
-        fresh, sampler = method.user_state(layout), method.sampler
-        each = state_bytes(halved(fresh) if method.half_states else fresh)
+        fresh, sampler = shapes_only(partial(method.user_state, layout)), method.sampler
+        each = tensor_bytes(fresh, half=method.half_states)
         times = rounds * sampler.rate
         users = sampler.population * -math.expm1(rounds * math.log1p(-sampler.rate)) if sampler.rate < 1 else float(sampler.population)
         kept = min(KEPT_VERSIONS, sampler.population * times / users) if users else 0.0

@@ -1,4 +1,4 @@
-"""Image classification: scikit-learn's digits or idx files, images dealt to users by a Dirichlet distribution (arXiv 1909.06335)."""
+"""Image classification: scikit-learn's digits or idx files, dealt to users by a Dirichlet distribution (arXiv 1909.06335) or otherwise."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +13,7 @@ from torch import nn
 from fedclip.options import ConfigError
 from fedclip.tasks.base import Counts
 from fedclip.tasks.idx import read_part
+from fedclip.tasks.partition import deal
 from fedclip.tasks.resnet import ResNet18
 from fedclip.tasks.vision_options import VisionOptions
 
@@ -101,7 +102,7 @@ class VisionTask:
         held_out: how many images at the end are the held-out ones; None: a fraction, drawn at random, as the options say.
 
     Raises:
-        ConfigError: more users than training images, or images that are too small for the model.
+        ConfigError: more users than training images, a partition that cannot be made, or images that are too small for the model.
     """
 
     def __init__(
@@ -124,7 +125,11 @@ class VisionTask:
         self._images, self._labels = torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64))
         self._test = test
         self._unit_size = max(UNIT_SIZE, -(-len(test) // MAX_UNITS))
-        self._shares = deal_by_dirichlet(labels[train], users, options.alpha, rng)
+        self._shares = (
+            deal_by_dirichlet(labels[train], users, options.alpha, rng)
+            if options.partition is None
+            else deal(options.partition, labels[train], users, seed)
+        )
         self._train, self._options, self._seed = train, options, seed
         self._classes = options.classes if options.data == "idx" else int(labels.max()) + 1
 
@@ -154,6 +159,16 @@ class VisionTask:
     def cost(self, user: int) -> float:
         """Return the number of the user's images."""
         return float(len(self._shares[user]))
+
+    def labels_of(self, user: int) -> np.ndarray:
+        """Return the labels of the user's images, int64, shape (images,)."""
+        labels: np.ndarray = self._labels.numpy()[self._train[self._shares[user]]]
+        return labels
+
+    @property
+    def examples(self) -> int:
+        """Training images, dealt or not."""
+        return len(self._train)
 
     def batches(self, examples: Sequence[Example], batch_size: int, rng: np.random.Generator) -> Iterator[Batch]:
         """Yield shuffled batches, the last one smaller."""

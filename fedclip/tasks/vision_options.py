@@ -5,10 +5,11 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from fedclip.options import Options
+from fedclip.tasks.partition_options import PartitionOptions
 
 
 class VisionOptions(Options):
-    """Labelled images, dealt to users by a Dirichlet distribution over classes."""
+    """Labelled images, dealt to users by a Dirichlet distribution over classes, or by a partition."""
 
     name: Literal["vision"]
     data: Literal["digits", "idx"] = "digits"
@@ -17,6 +18,8 @@ class VisionOptions(Options):
     """`idx` only: labels are 0 .. classes - 1."""
     alpha: Annotated[float, Field(gt=0)] = 0.5
     """Concentration of the Dirichlet distribution: small: each user has few classes; large: all users are alike."""
+    partition: PartitionOptions | None = None
+    """In the place of `alpha`: a partition of flwr-datasets."""
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """`digits` only: fraction of the images that nobody trains on. Of idx files these are the t10k images."""
     model: Literal["cnn", "resnet18"] = "cnn"
@@ -37,4 +40,6 @@ class VisionOptions(Options):
         ):
             if key in said and getattr(self, option) != value:
                 raise ValueError(f"{key} goes with {option} = '{value}' only; leave it out")
+        if self.partition is not None and "alpha" in said:
+            raise ValueError("alpha goes without partition only; a partition by a Dirichlet distribution has its own partition.alpha")
         return self

@@ -14,8 +14,9 @@ from fedclip.optimizers import SGD
 from fedclip.sampling import Poisson
 from fedclip.schedules import Schedule
 from fedclip.sealed import SealedFileError
+from fedclip.shapes import tensor_bytes
 from fedclip.transform import chain
-from fedclip.user_states import KEPT_VERSIONS, Forecast, StatesInFolder, StatesInMemory, halved, restored, state_bytes
+from fedclip.user_states import KEPT_VERSIONS, Forecast, StatesInFolder, StatesInMemory, halved, restored
 from tests.strategies_of_data import flat
 
 FRESH = (torch.zeros(3), None)
@@ -93,7 +94,8 @@ def test_half_of_the_room_keeps_eleven_bits(seed, size):
     state = (None, (u, torch.zeros(0)), torch.tensor([3]))
     half = halved(state)
     back = restored(half, state)
-    assert state_bytes(half) * 2 == state_bytes(state) + 8
+    assert tensor_bytes(half) * 2 == tensor_bytes(state) + 8
+    assert tensor_bytes(half) == tensor_bytes(state, half=True)
     assert back[0] is None
     assert torch.equal(back[2], state[2])
     assert back[1][1].numel() == 0
