@@ -132,7 +132,7 @@ def prepare(experiment: Experiment, *, resume: bool = False, weights: bool = Tru
     import torch
 
     from experiments.live import indexing
-    from fedclip.process import resident_memory, settle_process
+    from fedclip.process import resident_memory, settle_process, trim_memory
     from fedclip.tasks.build import TaskRecipe
 
     settle_process()
@@ -158,6 +158,7 @@ def prepare(experiment: Experiment, *, resume: bool = False, weights: bool = Tru
         raise
     except ValueError as error:
         raise ConfigError(f"strategy: {error}") from error
+    trim_memory()
     recipe = replace(TaskRecipe.of(experiment), index=getattr(task, "index", ""))
     return Prepared(experiment, recipe, task, method, initial, startup)
 

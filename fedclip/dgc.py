@@ -13,7 +13,7 @@ from fedclip.quantize import Fp16, Quantize
 from fedclip.sparsify import check_choice, check_density, kept_count, largest_of_each
 from fedclip.stages import PAPER_WARMUP
 from fedclip.transform import UNBOUNDED, Bound, Ctx, State, Step, Transform
-from fedclip.update import Dense, Sparse, Update, layer_norms, norm, scale, scale_layers, to_dense, values_of
+from fedclip.update import Dense, Sparse, Update, layer_norms, norm, scale, scale_layers, to_dense, values_of, zeros
 
 LARGEST_FLOAT = torch.finfo(torch.float32).max
 
@@ -126,7 +126,7 @@ class DGC(Transform):
         """Return u and v of zeros, float32, shape (d,) each; None where nothing is kept."""
         if self.state == "none":
             return None
-        return torch.zeros(layout.size), torch.zeros(layout.size)
+        return zeros(layout.size), zeros(layout.size)
 
     def apply(self, update: Update, state: State, ctx: Ctx) -> Step:
         """Return what is sent, sparse, and the next u and v.

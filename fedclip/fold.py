@@ -8,9 +8,10 @@ result has the same bits for every number of workers and every order.
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
-from fedclip.update import Dense, Update, values_of
+from fedclip.update import Dense, Update, values_of, zeros
 
 CAPACITY_BITS = 20
 """A bounded sum has room for 2^20 users, whoever comes: the grid of a private sum must not depend on the cohort."""
@@ -79,7 +80,7 @@ class Fold:
 
     def __init__(self, size: int, grid: Grid, device: str = "cpu") -> None:
         self.grid = grid
-        self.total = torch.zeros(size, dtype=torch.int64, device=device)
+        self.total = zeros(size, np.int64).to(device)
         self.users = 0
 
     def add(self, update: Update, weight: float = 1.0) -> None:

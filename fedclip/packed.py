@@ -30,7 +30,7 @@ from fedclip.packed_format import (
     symbol_count,
 )
 from fedclip.packed_reader import Reader, open_payload, read_positions, read_values
-from fedclip.update import Codes, Dense, Grid, Half, Sparse, Update, decoded, lengths_of_blocks, values_of
+from fedclip.update import BLOCK, LARGE, Codes, Dense, Grid, Half, Sparse, Update, decoded, lengths_of_blocks, values_of
 
 Compressors = tuple[zstandard.ZstdCompressor, ...]
 
@@ -152,7 +152,7 @@ def _forms(update: Update, layout: Layout) -> list[Update]:
         if kept < values.numel() or 2 * kept <= size:
             return [update]
         return [Dense(torch.zeros(size).index_copy_(0, update.indices, values), update.grid), update]
-    if kept == size:
+    if kept == size or (size > LARGE and 8 * kept > 7 * size):  # zeros are few, and positions of a large model are gigabytes
         return [update]
     indices = stored.nonzero().flatten()
     sparse = Sparse(indices, values[indices], update.grid)
@@ -174,10 +174,9 @@ def _payload(update: Update, layout: Layout, zstd: Compressors) -> bytes:
     else:
         kind = HALVES if grid is not None else FLOATS
         parts += _sections(_words(values_of(update).numpy(), grid is not None), zstd)
-    body = b"".join(parts)
     form = SPARSE if isinstance(update, Sparse) else DENSE
     head = HEADER.pack(MAGIC, VERSION, form, kind, bits, layout.size, 0)[:-4]
-    return head + struct.pack("<I", checksum(head, body, layout)) + body
+    return b"".join([head, struct.pack("<I", checksum(layout, head, *parts)), *parts])
 
 
 def _letters_alone() -> zstandard.ZstdCompressionParameters:
@@ -202,8 +201,12 @@ def _positions(indices: Array, zstd: Compressors) -> list[bytes]:
 
 def _words(values: Array, half: bool) -> Array:
     """Return floating-point numbers as unsigned ones with the sign as the lowest bit, so that the highest byte is all exponent."""
-    words = values.astype(np.float16).view(np.uint16) if half else values.view(np.uint32)
-    return (words << 1) | (words >> (8 * words.itemsize - 1))
+    words = np.empty(values.shape, np.uint16 if half else np.uint32)
+    for start in range(0, len(values), BLOCK):  # in blocks, so that what they need on the way takes no room
+        part = values[start : start + BLOCK]
+        turned = part.astype(np.float16).view(np.uint16) if half else part.view(np.uint32)
+        words[start : start + BLOCK] = (turned << 1) | (turned >> (8 * turned.itemsize - 1))
+    return words
 
 
 def _sections(words: Array, zstd: Compressors) -> list[bytes]:

@@ -26,9 +26,12 @@ RAW, ZSTD = 0, 1
 LARGEST_BLOCK = 2**62
 
 
-def checksum(head: bytes | memoryview, body: bytes | memoryview, layout: Layout) -> int:
-    """Return the CRC-32 of the shapes, the header without its checksum, and the body: another layout's payload does not pass."""
-    return zlib.crc32(body, zlib.crc32(head, zlib.crc32(json.dumps(layout.shapes).encode())))
+def checksum(layout: Layout, *parts: bytes | memoryview) -> int:
+    """Return the CRC-32 of the shapes, then the header without its checksum and the body: another layout's payload does not pass."""
+    found = zlib.crc32(json.dumps(layout.shapes).encode())
+    for part in parts:
+        found = zlib.crc32(part, found)
+    return found
 
 
 def symbol_count(bits: int) -> int:

@@ -25,7 +25,7 @@ from fedclip.packed_format import (
     checksum,
     symbol_count,
 )
-from fedclip.update import Codes, Grid, Half, decoded, lengths_of_blocks
+from fedclip.update import BLOCK, Codes, Grid, Half, decoded, lengths_of_blocks
 
 
 def open_payload(payload: bytes, layout: Layout) -> tuple[int, int, int]:
@@ -38,7 +38,7 @@ def open_payload(payload: bytes, layout: Layout) -> tuple[int, int, int]:
             f"Expected a packed payload of version {VERSION}, got {magic!r} version {version}; sent by another codec or release?"
         )
     whole = memoryview(payload)
-    if size != layout.size or checksum(whole[: HEADER.size - 4], whole[HEADER.size :], layout) != stated:
+    if size != layout.size or checksum(layout, whole[: HEADER.size - 4], whole[HEADER.size :]) != stated:
         raise WireError(
             f"Expected an undamaged update of {layout.size} values, got one of {size} or a wrong checksum; damaged, or of another model."
         )
@@ -148,8 +148,12 @@ def read_values(body: Reader, kind: int, bits: int, counts: Sequence[int]) -> tu
 
 def _floats(words: Array) -> Array:
     """Return the float32 numbers of `_words`."""
-    turned = (words >> 1) | (words << (8 * words.itemsize - 1))
-    return turned.view(np.float32) if words.itemsize == 4 else turned.view(np.float16).astype(np.float32)
+    values = np.empty(len(words), np.float32)
+    for start in range(0, len(words), BLOCK):  # in blocks, so that what they need on the way takes no room
+        part = words[start : start + BLOCK]
+        turned = (part >> 1) | (part << (8 * part.itemsize - 1))
+        values[start : start + BLOCK] = turned.view(np.float32 if part.itemsize == 4 else np.float16)
+    return values
 
 
 def _codes(symbols: Array, bits: int) -> Array:

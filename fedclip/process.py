@@ -3,6 +3,7 @@
 import ctypes
 import resource
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -31,6 +32,12 @@ def settle_process() -> None:
         return
     mallopt(M_MMAP_THRESHOLD, LARGEST_BLOCK)
     mallopt(M_TRIM_THRESHOLD, KEPT)
+
+
+def trim_memory() -> None:
+    """Hand freed memory back to the system, which `settle_process` lets glibc keep: after what is made once, such as a model to look at."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def resident_memory() -> int:

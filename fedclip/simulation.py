@@ -9,7 +9,7 @@ from fedclip.account import Account
 from fedclip.client import Site, evaluate_units, train_blocks
 from fedclip.layout import Layout
 from fedclip.method import Method, ServerState
-from fedclip.process import settle_process
+from fedclip.process import settle_process, trim_memory
 from fedclip.replica import Replica
 from fedclip.round import Outcome, Released, begin, finish, replay
 from fedclip.tasks.base import Counts, Task
@@ -49,6 +49,7 @@ class InProcess:
         settle_process()
         self.method, self.site = method, Site(task, Replica(task.make_model(), device))
         self.state = ServerState.initial(initial_params(task), method, self.layout)
+        trim_memory()
         self._secret, self._run, self.account = secret, run, account
         self._states = states or StatesInMemory()
         self.keep: Callable[[Released], None] | None = None

@@ -11,7 +11,7 @@ import torch
 
 from fedclip.choices import Grouping
 from fedclip.layout import Layout
-from fedclip.update import Dense, Update, add, subtract, values_of
+from fedclip.update import Dense, Update, add, subtract, values_of, zeros
 
 State = Any
 """A transform's state: None, a tensor, or a tuple of states. A state is never changed in place."""
@@ -247,7 +247,7 @@ class ErrorFeedback(Transform):
 
     def init(self, layout: Layout) -> State:
         """Return a zero residual, shape (d,), and the state of `inner`."""
-        return torch.zeros(layout.size), self.inner.init(layout)
+        return zeros(layout.size), self.inner.init(layout)
 
     def apply(self, update: Update, state: State, ctx: Ctx) -> Step:
         """Return what `inner` lets through of the update plus the residual."""

@@ -16,6 +16,9 @@ FLOAT32_FACTORS = (1e-30, 1e30)
 BLOCK = 1 << 18
 """Coordinates that `blockwise` looks at in one step: what it needs on the way fits a core's caches."""
 
+LARGE = 1 << 24
+"""Coordinates from which on a vector is summed in blocks: 64 MB of float32."""
+
 
 @dataclass(frozen=True, eq=False)
 class Half:
@@ -114,6 +117,11 @@ def blockwise(function: Callable[..., torch.Tensor], *vectors: torch.Tensor) -> 
     return result
 
 
+def zeros(size: int, dtype: type[np.generic] = np.float32) -> torch.Tensor:
+    """Return zeros on the CPU, shape (size,), that take memory where they are first written."""
+    return torch.from_numpy(np.zeros(size, dtype))
+
+
 def is_finite(update: Update) -> bool:
     """Return whether no stored value is NaN or infinite."""
     values = values_of(update)
@@ -146,6 +154,8 @@ def layer_norms(update: Update, layout: Layout) -> list[float]:
 def norm(update: Update) -> float:
     """Return the L2 norm of the whole update, summed in float64."""
     values = values_of(update)
+    if values.numel() > LARGE:  # the float64 copy that it is summed from would be gigabytes
+        return math.hypot(*(float(torch.linalg.vector_norm(part, dtype=torch.float64)) for part in torch.split(values, BLOCK)))
     return float(torch.linalg.vector_norm(values, dtype=torch.float64)) if values.numel() else 0.0
 
 
