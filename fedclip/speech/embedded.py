@@ -12,7 +12,7 @@ import numpy as np
 from fedclip.speech import acoustics
 from fedclip.speech.corpus import SAMPLE_RATE, Utterance
 from fedclip.speech.errors import CorpusError
-from fedclip.speech.espeak import ACCENTS, VARIANTS, SpeechRequest, Synthesizer, library_version
+from fedclip.speech.espeak import VARIANTS, SpeechRequest, Synthesizer, library_version
 from fedclip.speech.grammar import draw_sentence
 from fedclip.speech.options import EmbeddedOptions
 
@@ -75,8 +75,8 @@ def draw_speaker(options: EmbeddedOptions, seed: int, split: Split, number: int)
     """Return a virtual speaker: a function of the arguments, computed in constant time and memory."""
     rng = _stream(seed, split, number, "speaker")
     while True:
-        voice = f"{ACCENTS[rng.integers(len(ACCENTS))]}+{VARIANTS[rng.integers(len(VARIANTS))]}"
-        room = int(rng.integers(acoustics.ROOMS))
+        voice = f"{options.accents[rng.integers(len(options.accents))]}+{VARIANTS[rng.integers(len(VARIANTS))]}"
+        room = int(rng.integers(*options.rooms, endpoint=True))
         if is_reserved(voice, room) == (split == "held_out"):
             break
     count = int(rng.integers(*options.utterances, endpoint=True))
@@ -112,9 +112,15 @@ class EmbeddedCorpus:
     synthesizer: Synthesizer = field(default_factory=Synthesizer, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        """Refuse a population that would reach into the held-out speakers' numbers."""
+        """Refuse a population that would reach into the held-out speakers' numbers, and so few voices and rooms that nobody is held out."""
         if not 1 <= self.population <= MAX_POPULATION:
             raise CorpusError(f"Expected a population from 1 to {MAX_POPULATION:,}, got {self.population:,}.")
+        first, last = self.options.rooms
+        rooms = range(first, last + 1)
+        reserved = {is_reserved(f"{a}+{v}", room) for a in self.options.accents for v in VARIANTS for room in rooms}
+        if reserved != {True, False}:
+            spoken, part = ", ".join(self.options.accents), "all" if True in reserved else "none"
+            raise CorpusError(f"Of the voices of {spoken} in the rooms {first} to {last} {part} are held out; give more accents or rooms.")
 
     @cached_property
     def recipe(self) -> str:

@@ -13,18 +13,14 @@ from dataclasses import astuple, dataclass
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Self, get_args
 
 import numpy as np
 
 from fedclip.speech.errors import SynthesizerError
+from fedclip.speech.options import Accent
 
-ACCENTS = (
-    "en",  # British; the library knows no "en-gb"
-    "en-gb-scotland",
-    "en-gb-x-rp",  # Received Pronunciation
-    "en-us",
-)
+ACCENTS: tuple[str, ...] = get_args(Accent)
 """The accents of English, which decide how words are pronounced."""
 
 # Not all that the library has: no whispers, robots, echoes and other effects that no listener would take for a person.

@@ -1,6 +1,6 @@
 """Configuration of where speech comes from: one section a kind of corpus. Imports neither PyTorch nor NumPy."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
@@ -12,11 +12,18 @@ def _expect_ordered(name: str, low: float, high: float) -> None:
         raise ValueError(f"Expected {name} as [smallest, largest], got [{low}, {high}]; swap the two.")
 
 
+Accent = Literal["en", "en-gb-scotland", "en-gb-x-rp", "en-us"]
+"""The accents of English that virtual speakers have: British (the library knows no "en-gb"), Scottish, Received Pronunciation, American."""
+
+RoomNumber = Annotated[int, Field(ge=0, le=47)]
+
+
 class EmbeddedOptions(Options):
     """Virtual speakers that are synthesised on demand: nothing to download, any population.
 
     `snr_db`: each speaker's signal-to-noise ratio is uniform in this range; `speed`: so is the factor by which its speech
-    is played faster. `utterances`: how many a speaker has. `reverb`: whether speakers stand in rooms.
+    is played faster. `utterances`: how many a speaker has. `reverb`: whether speakers stand in rooms. `accents` and `rooms`: those
+    that speakers, held-out ones too, have and stand in; rooms from the first to the last, of which each next eight have a drier sound.
     """
 
     kind: Literal["embedded"] = "embedded"
@@ -25,9 +32,14 @@ class EmbeddedOptions(Options):
     snr_db: tuple[Annotated[float, Field(ge=-20, le=100)], Annotated[float, Field(ge=-20, le=100)]] = (5.0, 25.0)
     speed: tuple[Annotated[float, Field(ge=0.5, le=2)], Annotated[float, Field(ge=0.5, le=2)]] = (0.9, 1.1)
     reverb: bool = True
+    accents: Annotated[tuple[Accent, ...], Field(min_length=1)] = get_args(Accent)
+    rooms: tuple[RoomNumber, RoomNumber] = (0, 47)
 
     @model_validator(mode="after")
     def _check_ranges(self) -> Self:
+        if len(set(self.accents)) < len(self.accents):
+            raise ValueError(f"Expected each accent once, got {', '.join(self.accents)}.")
+        _expect_ordered("rooms", *self.rooms)
         _expect_ordered("utterances", *self.utterances)
         _expect_ordered("snr_db", *self.snr_db)
         _expect_ordered("speed", *self.speed)

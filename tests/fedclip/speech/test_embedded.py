@@ -161,3 +161,20 @@ def test_senseless_options_are_refused(section: dict[str, object]) -> None:
     assert isinstance(adapter.validate_python({"kind": "embedded"}), EmbeddedOptions)
     with pytest.raises(ValidationError):
         adapter.validate_python({"kind": "embedded", **section})
+
+
+def test_speakers_have_the_accents_and_rooms_they_are_given() -> None:
+    options = EmbeddedOptions(accents=("en-us", "en"), rooms=(8, 15))
+    for split, first in (("train", 0), ("held_out", MAX_POPULATION)):
+        drawn = [draw_speaker(options, 1, split, first + i) for i in range(200)]  # type: ignore[arg-type]
+        assert {s.voice.partition("+")[0] for s in drawn} == {"en-us", "en"}
+        assert {s.room for s in drawn} == set(range(8, 16))
+        assert {is_reserved(s.voice, s.room) for s in drawn} == {split == "held_out"}
+    every = EmbeddedOptions(accents=ACCENTS, rooms=(0, 47))  # type: ignore[arg-type]
+    assert draw_speaker(every, 1, "train", 7) == draw_speaker(EmbeddedOptions(), 1, "train", 7)
+    alone = next(room for room in range(48) if not any(is_reserved(f"en-us+{v}", room) for v in VARIANTS))
+    with pytest.raises(CorpusError, match="none are held out; give more accents or rooms"):
+        EmbeddedCorpus(EmbeddedOptions(accents=("en-us",), rooms=(alone, alone)), 10, 1)
+    for wrong in ({"accents": ()}, {"accents": ("en", "en")}, {"accents": ("fr",)}, {"rooms": (5, 4)}, {"rooms": (0, 48)}):
+        with pytest.raises(ValueError, match=r"accents|rooms"):
+            EmbeddedOptions(**wrong)  # type: ignore[arg-type]
