@@ -45,8 +45,8 @@ class DenseCodec(Codec):
 
     def encode(self, update: Update, layout: Layout) -> bytes:
         """Return 20 + 4 d bytes."""
-        body = to_dense(update, layout).detach().cpu().numpy().astype("<f4", copy=False).tobytes()
-        return HEADER.pack(MAGIC, VERSION, layout.size, zlib.crc32(body)) + body
+        body = np.ascontiguousarray(to_dense(update, layout).detach().cpu().numpy(), "<f4").data.cast("B")
+        return b"".join((HEADER.pack(MAGIC, VERSION, layout.size, zlib.crc32(body)), body))
 
     def decode(self, payload: bytes, layout: Layout) -> Dense:
         """Return the dense update."""

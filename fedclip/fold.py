@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fedclip.update import Dense, Update, values_of, zeros
+from fedclip.update import BLOCK, Dense, Update, values_of, zeros
 
 CAPACITY_BITS = 20
 """A bounded sum has room for 2^20 users, whoever comes: the grid of a private sum must not depend on the cohort."""
@@ -93,12 +93,16 @@ class Fold:
         values = values_of(update)
         self._check_room(1)
         # The power of two keeps the product exact (a float32 has 24 bits, and a weight is applied first); the conversion truncates.
-        digits = (values.double() * weight if weight != 1.0 else values.double()).mul_(2.0**self.grid.exponent).to(torch.int64)
         if isinstance(update, Dense):
-            self.total += digits
+            for total, part in zip(torch.split(self.total, BLOCK), torch.split(values, BLOCK), strict=True):  # a large one is gigabytes
+                total += self._digits(part, weight)
         else:
-            self.total.scatter_add_(0, update.indices, digits)
+            self.total.scatter_add_(0, update.indices, self._digits(values, weight))
         self.users += 1
+
+    def _digits(self, values: torch.Tensor, weight: float) -> torch.Tensor:
+        exact = values.double() * weight if weight != 1.0 else values.double()
+        return exact.mul_(2.0**self.grid.exponent).to(torch.int64)
 
     def merge(self, total: torch.Tensor, users: int) -> None:
         """Add the sum of another fold on the same grid: `total` int64, shape (d,), over `users` users.

@@ -13,10 +13,8 @@ from fedclip.checkpoints import KEPT
 from fedclip.layout import Layout
 from fedclip.method import Method
 from fedclip.shapes import shapes_only, tensor_bytes
+from fedclip.update import LARGE
 from fedclip.user_states import Forecast
-
-STEP_COPIES = 4
-"""Vectors that an optimizer of the server with moments works with beside them; one without needs two."""
 
 
 @dataclass(frozen=True)
@@ -91,23 +89,25 @@ def memory(method: Method, sizes: Sizes, workers: int, updates: float = 0.0) -> 
     """
     p = sizes.parameters
     replica = {"parameters": p + sizes.fixed, "gradients": p}
-    sent = {"model as it was sent": p, "fresh state of a user": sizes.state}
+    sent = {"model as it was sent": p}
     folded = {"sum of updates (int64)": 2 * p}
-    server = {"model of the server": p, "moments of the server": sizes.moments, "message down": sizes.download}
+    server = {"model of the server": p, "moments of the server": sizes.moments}
     training, taking = _training(method, sizes), {"taking": _taking(method, sizes)}
     if not workers:
         during = {phase: {**sent, **folded, **items} for phase, items in (training | taking).items()}
+        during["sending down"] = {"message down": sizes.download, "its parts": sizes.download}
         return (Process("process", 1, {**replica, **server}, {**during, **_releasing(method, sizes, {"sum of users (int64)": 2 * p})}),)
-    kept, server = {**replica, **sent, "message down": sizes.download}, {**server, "model in the message": p}
+    kept = {**replica, **sent, "message down": sizes.download}
+    server |= {"message down": sizes.download, "model in the message": p}
     if updates:
         each, whole = (round(sizes.upload * count) for count in (updates / workers, updates))
         held = {"messages of users": whole, **folded}
-        phases = {"taking": {**held, **taking["taking"]}, **_releasing(method, sizes, held)}
+        phases = {"taking": {**held, **taking["taking"]}, **_releasing(method, sizes, held, held)}
         return Process("worker", workers, {**kept, "messages of users": each}, training), Process("server", 1, server, phases)
     answering = {"answering": {"message with the sum": 2 * p}}
     arrived = {"messages of workers": 2 * p * workers, "sums of workers (int64)": 2 * p * workers}
     worker = Process("worker", workers, {**kept, **folded}, {**training, **taking, **answering})
-    return worker, Process("server", 1, server, _releasing(method, sizes, arrived))
+    return worker, Process("server", 1, server, _releasing(method, sizes, arrived, arrived))
 
 
 def _training(method: Method, sizes: Sizes) -> dict[str, dict[str, int]]:
@@ -117,10 +117,10 @@ def _training(method: Method, sizes: Sizes) -> dict[str, dict[str, int]]:
     return {
         "training": {"activations": sizes.activations or 0, "buffers of local steps": _buffers(method) * p},
         "sending": {
-            "update": p * (2 if weighted else 1),
+            "update times its weight": p if weighted else 0,
             "update through the chain": sizes.stored + sizes.places if method.client.stages else 0,
             "state of a user, old and new": 2 * sizes.state,
-            "message up, and its body": 2 * sizes.upload,
+            "message up": sizes.upload,
         },
     }
 
@@ -137,18 +137,21 @@ def _taking(method: Method, sizes: Sizes) -> dict[str, int]:
         "message up": sizes.upload,
         "update decoded": sizes.stored + sizes.places,
         "update guarded": sizes.stored if method.client.guard is not None else 0,
-        "update as float64 and int64": 4 * sizes.stored,
+        # Dense ones are added, and large ones measured, in blocks.
+        "update as float64": 2 * sizes.stored if sizes.places or sizes.stored < 4 * LARGE else 0,
+        "update as int64": 2 * sizes.stored if sizes.places else 0,
     }
 
 
-def _releasing(method: Method, sizes: Sizes, arrived: Mapping[str, int]) -> dict[str, dict[str, int]]:
-    """Return what lies beside the rest while the sum is released, and while the server takes its step, with what arrived."""
-    p = sizes.parameters
-    noised = {"noise and noised sum (float64)": 4 * p} if method.private else {"mean (float64)": 2 * p}
-    working = (STEP_COPIES if sizes.moments else 2) * p
+def _releasing(
+    method: Method, sizes: Sizes, arrived: Mapping[str, int], held: Mapping[str, int] | None = None
+) -> dict[str, dict[str, int]]:
+    """Return what lies beside the rest while sums are added and released, and while the server takes its step; `held`: to the end."""
+    p, held = sizes.parameters, held or {}
     return {
-        "releasing": {**arrived, "sum (int64)": 2 * p, "sum (float64)": 2 * p, **noised},
-        "stepping": {**arrived, "released mean": p, "next moments": sizes.moments, "working copies": working},
+        "adding": {**arrived, "sum (int64)": 2 * p},
+        "releasing": {**held, "sum (float64)": 2 * p, "noise or mean (float64)": 2 * p, "released mean": p},
+        "stepping": {**held, "released mean": p, "next moments": sizes.moments, "step": p, "next model": p},
     }
 
 
