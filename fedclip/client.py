@@ -247,8 +247,14 @@ def train_blocks(site: Site, spec: RoundSpec, blocks: Iterable[Block], states: U
     client = Client(site, spec, states)
     del spec  # with the model as it was sent
     collector = Collector(client.spec, site.replica.layout)
-    for block, contribution in client.contributions(blocks):
-        collector.take(block, contribution)
+    taking: Future[None] | None = None
+    with ThreadPoolExecutor(1, "fedclip-folder", settle_thread) as folder:  # adds one user's update while the next one trains
+        for block, contribution in client.contributions(blocks):
+            if taking is not None:
+                taking.result()
+            taking = folder.submit(collector.take, block, contribution)
+    if taking is not None:
+        taking.result()
     client.sync()
     return collector.partial()
 
