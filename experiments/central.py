@@ -78,12 +78,8 @@ class Central:
         self._site.replica.load(state.params)
         self._optimizer.state, self._rounds = state.server, state.round
 
-    def evaluate(self) -> dict[str, float]:
-        """Return the metrics of the current model on all held-out units."""
-        return self._prepared.task.summarise(self.evaluate_units(), 0)
-
     def evaluate_units(self) -> list[Counts]:
-        """Return what each held-out unit adds to these metrics, in their order."""
+        """Return what each held-out unit adds to the metrics of the current model, in their order."""
         units = range(self._prepared.task.held_out_units)
         return [c for _, c in evaluate_units(self._site, self._site.replica.params.clone(), units)]
 

@@ -1,7 +1,6 @@
 """What a run costs before it is run: memory, operations, bytes both ways, time and room on the disk."""
 
 import dataclasses
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -162,7 +161,7 @@ def cost_of(experiment: Experiment, workers: int, trial_wanted: bool = True) -> 
         ConfigError: the experiment is refused, or the user that was to be measured cannot be trained.
     """
     prepared = prepare(_with_cold_cache(experiment), resume=True, weights=False)
-    start_up = resident_bytes()
+    start_up = prepared.startup_memory
     method, task, device = prepared.method, prepared.task, prepared.experiment.run.device
     model = shapes_only(task.make_model)
     layout, fixed, rounds = Layout.of(model), fixed_bytes(model), prepared.experiment.run.rounds
@@ -229,7 +228,7 @@ def guessed_traffic(prepared: Prepared, layout: Layout) -> tuple[Traffic, int, b
     method, rounds, bits = prepared.method, prepared.experiment.run.rounds, -(-len(prepared.method.thresholds(layout)) // 8)
     dense = float(HEADER.size + 4 * layout.size)
     if _is_exact(prepared, layout):
-        return Traffic(dense + bits, dense + bits, dense, exact=True), layout.size, False
+        return Traffic(dense + bits, dense + bits, dense * (2 if method.control else 1), exact=True), layout.size, False
     small = shrunk(layout, STAND_IN_SIZE)
     chain, growth = method.for_round(method.thresholds(layout), layout).client, layout.size / small.size
     noise = torch.from_numpy(np.random.default_rng(0).normal(scale=1e-3, size=small.size).astype(np.float32))
@@ -243,6 +242,8 @@ def guessed_traffic(prepared: Prepared, layout: Layout) -> tuple[Traffic, int, b
     down = growth * len(method.codec.encode(model, small))
     if method.downlink.differences:
         down = mean_download(method, growth * len(method.codec.encode(Dense(noise), small)), down, rounds)
+    if method.control:
+        down += growth * len(method.codec.encode(Dense(noise), small))
     traffic = Traffic(over_rounds(up, rounds), up[max(up)], down, exact=False)
     return traffic, round(growth * values_of(sent).numel()), isinstance(sent, Sparse)
 
@@ -255,12 +256,3 @@ def _is_exact(prepared: Prepared, layout: Layout) -> bool:
     method = prepared.method
     masked = method.client.needs_average or method.client.support(1, layout) is not None
     return isinstance(method.codec, DenseCodec) and not masked
-
-
-def resident_bytes() -> int:
-    """Return the memory of this process, bytes; 0 where the system does not say."""
-    try:
-        with open("/proc/self/statm", encoding="ascii") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return 0

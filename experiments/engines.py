@@ -55,11 +55,8 @@ class Engine(Protocol):
     def restore(self, state: ServerState) -> None:
         """Go on from another state."""
 
-    def evaluate(self) -> dict[str, float]:
-        """Return the metrics of the current model on all held-out units."""
-
     def evaluate_units(self) -> list[Counts]:
-        """Return what each held-out unit adds to these metrics, in their order."""
+        """Return what each held-out unit adds to the metrics of the current model, in their order."""
 
 
 class OnGrid:
@@ -122,12 +119,8 @@ class OnGrid:
         """Go on from another state."""
         self.strategy.state = state
 
-    def evaluate(self) -> dict[str, float]:
-        """Return the metrics of the current model on all held-out units."""
-        return self.strategy.evaluate(self._grid)
-
     def evaluate_units(self) -> list[Counts]:
-        """Return what each held-out unit adds to these metrics, in their order."""
+        """Return what each held-out unit adds to the metrics of the current model, in their order."""
         return self.strategy.evaluate_units(self._grid)
 
 

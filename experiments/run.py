@@ -116,9 +116,12 @@ class Run:
 
     def _round(self) -> dict[str, Any]:
         start, engine = time.perf_counter(), self.engine
-        outcome = engine.round() if self._pending is None else engine.replay(self._pending)
+        replayed, outcome = self._pending is not None, engine.round() if self._pending is None else engine.replay(self._pending)
         self._pending = None
-        row = row_of(outcome.tally, outcome.state.round, outcome.attempt, time.perf_counter() - start, engine.workers)
+        seconds = time.perf_counter() - start
+        row = row_of(outcome.tally, outcome.state.round, outcome.attempt, seconds)
+        if not replayed:  # the times of the users are of another round then
+            row |= times_of(outcome.tally, seconds, engine.workers)
         if engine.account is not None:
             row |= {"epsilon": engine.account.spent().epsilon, "delta": engine.account.delta}
         self.progress.add(outcome)
@@ -205,8 +208,16 @@ def _is_due(round: int, experiment: Experiment) -> bool:
     return round == experiment.run.rounds or bool(every and round % every == 0)
 
 
-def row_of(tally: Tally, round: int, attempt: int, seconds: float, workers: int) -> dict[str, Any]:
-    """Return the line of `metrics.jsonl` for a round: sums become means over the users who gave an update; times stay sums."""
+def times_of(tally: Tally, seconds: float, workers: int) -> dict[str, float]:
+    """Return what the time of a round went to; nothing where it was not measured."""
+    if "train_seconds" not in tally:
+        return {}
+    of_stages = {f"{stage}_seconds": number(tally, f"{stage}_seconds") for stage in STAGES}
+    return of_stages | {"trainer_busy": of_stages["train_seconds"] / (seconds * workers)}
+
+
+def row_of(tally: Tally, round: int, attempt: int, seconds: float) -> dict[str, Any]:
+    """Return the line of `metrics.jsonl` for a round: sums become means over the users who gave an update."""
     users, losses = number(tally, "users"), number(tally, "losses")
     row: dict[str, Any] = {
         "round": round,
@@ -225,8 +236,6 @@ def row_of(tally: Tally, round: int, attempt: int, seconds: float, workers: int)
             row[measured] = [v / users for v in value] if isinstance(value, list) else value / users
         elif stage == "server":
             row[measured] = value
-    row |= {f"{stage}_seconds": number(tally, f"{stage}_seconds") for stage in STAGES}
-    row["trainer_busy"] = number(tally, "train_seconds") / (seconds * workers)
     for name in ("not_finite", "users_without_data", "examples_left_out"):
         if number(tally, name):
             row[name] = int(number(tally, name))

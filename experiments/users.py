@@ -152,8 +152,10 @@ def draw(census: Census, file: Path) -> None:
     figure.suptitle(f"{census.name}: {census.population:,} users, {len(census.looked_at):,} looked at")
     try:
         figure.savefig(file, dpi=150)
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise ConfigError(f"--out: {file} cannot be drawn: {error}; end the name in .png, .svg or .pdf.") from error
+    except OSError as error:
+        raise ConfigError(f"--out: {file} cannot be written: {error}; give a folder that exists.") from error
 
 
 def _draw_labels(axes: "Axes", labels: Labels, users: np.ndarray) -> None:

@@ -26,6 +26,10 @@ def check_local(local: LocalSGD) -> None:
             f"Control variates need plain SGD at users, got {local.optimizer} with momentum {local.momentum}; set local.optimizer = 'sgd' "
             "and local.momentum = 0."
         )
+    if local.precision == "float16":
+        raise ValueError(
+            "Control variates need every local step, and float16 leaves out those that overflow; set local.precision = 'bfloat16'."
+        )
     if local.steps is None:
         raise ValueError(
             f"Control variates need the same number of local steps for all users, got epochs = {local.epochs}; give local.steps."

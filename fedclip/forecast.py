@@ -89,16 +89,17 @@ def memory(method: Method, sizes: Sizes, workers: int, updates: float = 0.0) -> 
     """
     p = sizes.parameters
     replica = {"parameters": p + sizes.fixed, "gradients": p}
-    sent = {"model as it was sent": p}
+    control = p if method.control else 0
+    sent = {"model as it was sent": p, "control variate as it was sent": control}
     folded = {"sum of updates (int64)": 2 * p}
-    server = {"model of the server": p, "moments of the server": sizes.moments}
+    server = {"model of the server": p, "moments of the server": sizes.moments, "control variate of the server": control}
     training, taking = _training(method, sizes), {"taking": _taking(method, sizes)}
     if not workers:
         during = {phase: {**sent, **folded, **items} for phase, items in (training | taking).items()}
-        during["sending down"] = {"message down": sizes.download, "its parts": sizes.download}
+        during["sending down"] = {"message down": sizes.download + control, "its parts": sizes.download}
         return (Process("process", 1, {**replica, **server}, {**during, **_releasing(method, sizes, {"sum of users (int64)": 2 * p})}),)
-    kept = {**replica, **sent, "message down": sizes.download}
-    server |= {"message down": sizes.download, "model in the message": p}
+    kept = {**replica, **sent, "message down": sizes.download + control}
+    server |= {"message down": sizes.download + control, "model in the message": p}
     if updates:
         each, whole = (round(sizes.upload * count) for count in (updates / workers, updates))
         held = {"messages of users": whole, **folded}
@@ -115,7 +116,11 @@ def _training(method: Method, sizes: Sizes) -> dict[str, dict[str, int]]:
     p = sizes.parameters
     weighted = method.private and method.weighting != "uniform"
     return {
-        "training": {"activations": sizes.activations or 0, "buffers of local steps": _buffers(method) * p},
+        "training": {
+            "activations": sizes.activations or 0,
+            "buffers of local steps": _buffers(method) * p,
+            "correction of gradients": p if method.control else 0,
+        },
         "sending": {
             "update times its weight": p if weighted else 0,
             "update through the chain": sizes.stored + sizes.places if method.client.stages else 0,
@@ -172,7 +177,8 @@ class Disk:
     def of(cls, method: Method, layout: Layout, sizes: Sizes, rounds: int) -> "Disk":
         """Return the room for a number of rounds."""
         p = sizes.parameters
-        each = p + sizes.moments + (p if method.downlink.differences else 0) + (p if method.client.needs_average else 0)
+        vectors = (method.downlink.differences, method.client.needs_average, method.control)
+        each = sizes.moments + p * (1 + sum(map(bool, vectors)))
         released = p if method.private else 0
         states = Forecast.of(method, layout, rounds).total if method.stateful else 0.0
         return cls((KEPT + 2) * each + released, 2 * p, round(states))

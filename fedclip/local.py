@@ -124,6 +124,7 @@ class LocalSGD:
             yield self._gradient(replica, task, group, scale)
 
     def _gradient(self, replica: Replica, task: Task, group: Sequence[Any], scale: "_Scale | None") -> tuple[list[torch.Tensor], bool]:
+        begun = 1.0 if scale is None else scale.factor
         while True:
             replica.grads.zero_()
             factor = 1.0 if scale is None else scale.factor
@@ -132,7 +133,8 @@ class LocalSGD:
                 replica.grads.mul_(1.0 / (len(group) * factor))
             if scale is None or scale.took(bool(torch.isfinite(torch.linalg.vector_norm(replica.grads)))):
                 return losses, True
-            if scale.factor < 1.0:
+            if scale.factor < 1.0:  # no scale helps this one; those that come after it have the one from before
+                scale.factor = begun
                 return losses, False
 
     def _backward(self, model: nn.Module, task: Task, batch: Any, factor: float) -> torch.Tensor:

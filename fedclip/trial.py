@@ -130,24 +130,28 @@ def measure(method: Method, task: Task, user: int, rounds: int, secret: str, run
     sent = _send(site, plan.spec, method, user, rounds)
     del site, params  # as much again as the server's part
     take_seconds, stored, sparse = _take(plan.spec, layout, sent.contribution, sent.again)
-    facts = {f.name: getattr(sent, f.name) for f in dataclasses.fields(sent) if f.name not in ("contribution", "again")}
+    facts = {f.name: getattr(sent, f.name) for f in dataclasses.fields(sent) if f.name not in ("contribution", "again", "control")}
     return Trial(
         user=user,
         take_seconds=take_seconds,
         stored=stored,
         sparse=sparse,
         download=len(plan.spec.params),
-        told=len(plan.spec.support),
+        told=len(plan.spec.support) + sent.control,
         **facts,
     )
 
 
 @dataclass(frozen=True, eq=False)
 class _Sent:
-    """The first half of a `Trial`: what happens at the user. `again`: how often it was timed after the first time."""
+    """The first half of a `Trial`: what happens at the user.
+
+    `again`: how often it was timed after the first time; `control`: bytes of the control variate on its way down.
+    """
 
     contribution: Contribution
     again: int
+    control: int
     examples: int
     steps: int
     work: float
@@ -179,12 +183,14 @@ def _send(site: Site, spec: RoundSpec, method: Method, user: int, rounds: int) -
     again = 0 if first > LONG_SECONDS else REPEATS
     times = [_timed(lambda: _trained(client, user), clock)[0] for _ in range(again)] or [first]
     reloading, _ = _timed(lambda: task.load_user(user, streams.generator("data", user)), clock)
-    update = client.params - site.replica.params
+    update = site.replica.params.clone()  # a client leaves what it sent where it trained
     uplink, sending = _uplink(client, spec, method, Dense(update), user, rounds, len(contribution.clip_bits))
     uplink[1] = len(contribution.payload or b"") + len(contribution.clip_bits)
     return _Sent(
         contribution=contribution,
         again=again,
+        # In the first round it is all zeros; the user's update stands for what it is later.
+        control=len(method.codec.encode(Dense(update), client.layout)) if client.control is not None else 0,
         examples=len(examples),
         steps=len(steps),
         work=sum(steps) / steps[0] if steps and steps[0] else float(len(steps)),
@@ -240,12 +246,12 @@ def _uplink(
     client: Client, spec: RoundSpec, method: Method, update: Dense, user: int, rounds: int, clip_bits: int
 ) -> tuple[dict[int, int], float]:
     """Return the bytes of an update from each round on where the chain changes, and the time of the chain and the codec."""
-    sizes, seconds = dict[int, int](), 0.0
+    sizes, seconds, fresh = dict[int, int](), 0.0, client.fresh if client.control is None else client.fresh[0]
     for round in reversed(breaks(method, rounds)):
         streams = dataclasses.replace(spec.streams, round=round)
         wire = Wire.of(dataclasses.replace(spec, streams=streams), client.chain, client.layout)
         ctx = Ctx(client.layout, streams.generator("chain", user), round, client.params, 1.0, wire.support)
-        seconds, payload = _timed(lambda wire=wire, ctx=ctx: wire.encode(client.chain.apply(update, client.fresh, ctx).update))  # type: ignore[misc]
+        seconds, payload = _timed(lambda wire=wire, ctx=ctx: wire.encode(client.chain.apply(update, fresh, ctx).update))  # type: ignore[misc]
         sizes[round] = len(payload) + clip_bits
     return sizes, seconds
 

@@ -151,12 +151,8 @@ class Federated(Strategy):
         self.state = self.outcome.state
         return self.outcome
 
-    def evaluate(self, grid: Grid) -> dict[str, float]:
-        """Return the metrics of the current model on all held-out units."""
-        return self.task.summarise(self.evaluate_units(grid), 0)
-
     def evaluate_units(self, grid: Grid) -> list[Counts]:
-        """Return what each held-out unit adds to these metrics, in their order.
+        """Return what each held-out unit adds to the metrics of the current model, in their order.
 
         Raises:
             WorkerError: a node replied with an error, or not at all.

@@ -95,7 +95,8 @@ def fedopt(
 ) -> "Method":
     """Adaptive federated optimization (arXiv 2003.00295): the mean update is a gradient for a server optimizer.
 
-    `eps` is the paper's tau; `sgd` and `lars` take the first of `betas` as momentum, `adagrad` has none.
+    `eps` is the paper's tau; `sgd` and `lars` take the first of `betas` as momentum, `adagrad` has none. With `lars` a layer moves by
+    `server_lr` times its norm.
     """
     from fedclip.method import Method
     from fedclip.transform import Transform, chain
@@ -104,7 +105,7 @@ def fedopt(
         "sgd": lambda: sgd(server_lr, betas[0]),
         "adam": lambda: adam(server_lr, betas, eps),
         "lamb": lambda: lamb(server_lr, betas, eps),
-        "lars": lambda: lars(server_lr, betas[0]),
+        "lars": lambda: lars(server_lr, betas[0], trust=1.0),
         "yogi": lambda: yogi(server_lr, betas, eps),
         "adagrad": lambda: adagrad(server_lr, eps),
     }

@@ -58,6 +58,8 @@ def test_a_run_leaves_the_folder_that_is_documented(vision: Path, tmp_path: Path
     # Every user's dense update is 20 bytes of header and 4 a parameter.
     assert summary["uplink_bytes_total"] == summary["users_total"] * (20 + 4 * summary["parameters"])
     assert json.loads((out / "environment.json").read_text())["seed"] == 1
+    page = (Path(__file__).parents[2] / "docs" / "run-folder.md").read_text(encoding="utf-8")
+    assert [key for key in {*summary, *(key for row in rows for key in row)} if f"`{key}`" not in page] == []
 
 
 def test_the_resolved_configuration_runs_again_to_the_same_model(vision: Path, tmp_path: Path) -> None:

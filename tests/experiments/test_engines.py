@@ -62,8 +62,9 @@ def test_blocks_in_any_order_and_number_of_shares_give_the_same_bits(vision: Pat
 @pytest.mark.usefixtures("ray_session")
 def test_evaluation_on_ray_gives_the_metrics_of_one_process(vision: Path) -> None:
     def metrics(*overrides: str) -> dict[str, float]:
-        with open_engine(prepare(read_experiment(vision, list(overrides)))) as engine:
-            return engine.evaluate()
+        prepared = prepare(read_experiment(vision, list(overrides)))
+        with open_engine(prepared) as engine:
+            return prepared.task.summarise(engine.evaluate_units(), 0)
 
     assert metrics("run.workers=2") == metrics("run.engine=process")
 

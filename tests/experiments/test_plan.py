@@ -58,9 +58,14 @@ FIXED = ["--set", "sampler.name=fixed_size", "--set", 'task.partition={name="iid
 """Everybody has data, and cohorts have one size: bytes are known before."""
 
 
-def test_the_bytes_of_a_dense_run_are_known_to_the_byte(vision: Path, tmp_path: Path) -> None:
-    planned, guessed = plan(vision, *FIXED), plan(vision, *FIXED, "--no-measure")
-    status, output = invoke("run", vision, *FIXED, "--out", tmp_path / "run", "--quiet")
+CONTROL = ["--set", "strategy={method='scaffold'}", "--set", "local={lr=0.1, steps=2}", "--set", "privacy={}"]
+
+
+@pytest.mark.parametrize("method", [[], CONTROL], ids=["pfl4asr", "scaffold"])
+def test_the_bytes_of_a_dense_run_are_known_to_the_byte(vision: Path, tmp_path: Path, method: list[str]) -> None:
+    options = [*FIXED, *method]
+    planned, guessed = plan(vision, *options), plan(vision, *options, "--no-measure")
+    status, output = invoke("run", vision, *options, "--out", tmp_path / "run", "--quiet")
     assert status == 0, output
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     for found in (planned, guessed):
@@ -72,6 +77,10 @@ def test_the_bytes_of_a_dense_run_are_known_to_the_byte(vision: Path, tmp_path: 
     assert guessed["total_seconds"] is guessed["flops_total"] is guessed["measured"] is None
     assert planned["total_seconds"] > 0
     assert planned["flops_total"] == planned["flops_per_user"] * 9 * 3
+    newest = max((tmp_path / "run" / "checkpoints").glob("*.ckpt"))
+    # Two newest checkpoints, the best, and one being written, and under noise a release; beside the vectors a file has a header.
+    released = 0 if method else 4 * summary["parameters"]
+    assert 0 <= newest.stat().st_size - (planned["disk_bytes"]["checkpoints"] - released) / 4 < 4096
 
 
 def test_the_bytes_of_a_compressed_run_are_near(vision: Path, tmp_path: Path) -> None:
@@ -132,14 +141,13 @@ import resource, sys, tempfile
 from pathlib import Path
 from torch.utils.tensorboard import SummaryWriter
 import experiments.curves
-from experiments.cost import resident_bytes
 from experiments.engines import open_engine
 from experiments.live import Reporter
 from experiments.prepare import prepare, read_experiment
 from experiments.run import run_rounds
 
 prepared = prepare(read_experiment(Path(sys.argv[1]), sys.argv[2:]), resume=True, weights=False)
-start, out = resident_bytes(), Path(tempfile.mkdtemp()) / "run"
+start, out = prepared.startup_memory, Path(tempfile.mkdtemp()) / "run"
 with Reporter(1, quiet=True) as reporter, open_engine(prepared, out) as engine:
     run_rounds(prepared, engine, out, reporter)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - start)

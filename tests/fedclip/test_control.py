@@ -172,6 +172,7 @@ def test_what_is_kept_of_users_is_forecast_and_refused_where_users_depend_on_eac
         ({"optimizer": "adamw"}, "plain SGD"),
         ({"optimizer": "lamb", "betas": (0.0, 0.9)}, "plain SGD"),
         ({"steps": None, "epochs": 2}, "same number of local steps"),
+        ({"precision": "float16"}, "every local step"),
     ],
 )
 def test_local_training_that_does_not_fit_is_refused(wrong, said):

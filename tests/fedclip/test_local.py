@@ -257,6 +257,18 @@ def test_a_float16_batch_that_overflows_is_taken_again_and_left_out_if_it_does_u
     assert loss == math.inf
 
 
+def test_a_float16_batch_that_is_left_out_costs_the_others_no_scale():
+    """Gradients of 1e-7 are under half of float16's least number: unscaled they would be zeros, or off by as much as they are."""
+
+    class Faint(Numbered):
+        def loss(self, model, batch):
+            return super().loss(model, batch) * 1e-7
+
+    local = LocalSGD(1e4, epochs=1, precision="float16")
+    (end, _), (expected, _) = trained(local, Faint(infinite=0)), trained(local, Faint(missing=0))
+    torch.testing.assert_close(end, expected, atol=1e-5, rtol=1e-3)
+
+
 def test_nothing_is_left_of_one_user_for_the_next():
     """The buffers are the same, the state is not: with every option on, the second user trains as if it were the first."""
     local = LocalSGD(0.05, 5, batch_size=2, optimizer="adamw", proximal=0.1, accumulate=2, micro_batch=1, precision="float16")

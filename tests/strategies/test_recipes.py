@@ -67,7 +67,7 @@ def test_noise_without_a_clip_is_refused(name):
         ("adam", Adam(Schedule.of(0.01), (0.9, 0.99), 1e-3)),
         ("sgd", SGD(Schedule.of(0.01), 0.9)),
         ("lamb", LAMB(Schedule.of(0.01), (0.9, 0.99), 1e-3)),
-        ("lars", LARS(Schedule.of(0.01), 0.9)),
+        ("lars", LARS(Schedule.of(0.01), 0.9, 1.0)),
         ("yogi", Yogi(Schedule.of(0.01), (0.9, 0.99), 1e-3)),
         ("adagrad", Adagrad(Schedule.of(0.01), 1e-3)),
     ],
