@@ -251,13 +251,28 @@ def _with_initial(experiment: Experiment, layout: "Layout") -> "tuple[Experiment
 
     path = model_path(experiment.run.init_from)
     saved, tensors = load_model(path)
-    check_alphabet(path, saved, experiment)
+    check_alphabet(path, saved, experiment.task)
+    _check_frozen(path, saved, experiment)
     params = flatten(tensors, layout)
     digest = hashlib.blake2b(params.numpy().tobytes(), digest_size=16).hexdigest()
     if experiment.run.init_digest not in (None, digest):
         raise ConfigError(f"run.init_from: {path} holds other weights than the run began with ({digest}, {experiment.run.init_digest}).")
     origin = {"init_from": experiment.run.init_from.absolute(), "init_digest": digest}
     return experiment.model_copy(update={"run": experiment.run.model_copy(update=origin)}), params
+
+
+def _check_frozen(path: Path, saved: Experiment, experiment: Experiment) -> None:
+    """Refuse adapters of other frozen weights than those of the run: they fit them, and mean nothing to them."""
+    if not (isinstance(saved.task, AsrOptions) and isinstance(experiment.task, AsrOptions)):
+        return
+    from fedclip.asr.weights import frozen_digest
+
+    theirs, ours = frozen_digest(saved.task.model), frozen_digest(experiment.task.model)
+    if None not in (theirs, ours) and theirs != ours:
+        raise ConfigError(
+            f"run.init_from: the adapters in {path} were trained on other frozen weights ({theirs}) than task.model names ({ours}); "
+            "name the weights that they were trained on, or leave run.init_from out."
+        )
 
 
 def _layout_of(task: "Task", experiment: Experiment, weights: bool) -> "Layout":

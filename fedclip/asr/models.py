@@ -10,7 +10,7 @@ from fedclip.asr.options import AsrOptions
 from fedclip.asr.weights import checked_digest
 from fedclip.doors import load_door
 from fedclip.layout import Layout
-from fedclip.model_file import flatten, load_model, model_path
+from fedclip.model_file import check_alphabet, flatten, load_model, model_path
 from fedclip.options import ConfigError
 
 
@@ -33,7 +33,7 @@ def make_model(options: AsrOptions, *, width: int, symbols: int, seed: int) -> n
     if adapters is None:
         return model
     if adapters.base is not None:
-        _load_base(model, adapters)
+        _load_base(model, adapters, options)
     try:
         return adapt(model, rank=adapters.rank, alpha=adapters.alpha, targets=adapters.targets, trained=adapters.trained, seed=seed)
     except ConfigError as error:
@@ -72,13 +72,15 @@ def _bare(options: AsrOptions, width: int, symbols: int, seed: int, *, weights: 
             return model
 
 
-def _load_base(model: nn.Module, adapters: AdapterOptions) -> None:
-    """Put the weights of a model file into a new model."""
+def _load_base(model: nn.Module, adapters: AdapterOptions, options: AsrOptions) -> None:
+    """Put the weights of a model file, which spells with the characters of the task, into a new model."""
     assert adapters.base is not None
     checked_digest(adapters.base, adapters.digest)
     try:
-        layout = Layout.of(model)
-        params = flatten(load_model(model_path(adapters.base))[1], layout)
+        layout, path = Layout.of(model), model_path(adapters.base)
+        saved, tensors = load_model(path)
+        check_alphabet(path, saved, options)
+        params = flatten(tensors, layout)
     except ConfigError as error:
         raise ConfigError(f"task.model.adapters.base: {error}") from error
     trainable = (p for p in model.parameters() if p.requires_grad)
