@@ -1,7 +1,10 @@
 """From `[task.model]` to a CTC model: its kind, its frozen weights, its adapters."""
 
+from collections.abc import Callable
+from typing import Final
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fedclip.adapters import adapt
 from fedclip.asr.model import CtcTransformer
@@ -12,6 +15,10 @@ from fedclip.doors import load_door
 from fedclip.layout import Layout
 from fedclip.model_file import check_alphabet, flatten, load_model, model_path
 from fedclip.options import ConfigError
+from fedclip.shapes import shapes_only
+
+_ANY_LENGTH: Final = 16_000
+"""Frames, or samples, that every model should take."""
 
 
 def make_model(options: AsrOptions, *, width: int, symbols: int, seed: int) -> nn.Module:
@@ -43,9 +50,23 @@ def make_model(options: AsrOptions, *, width: int, symbols: int, seed: int) -> n
 def make_skeleton(options: AsrOptions, *, width: int, symbols: int) -> nn.Module:
     """Return the same model without weights, which takes no room: what it makes of lengths is that of the model."""
     if isinstance(options.model, ModelDoorOptions):  # what a factory does is not known
-        return make_model(options, width=width, symbols=symbols, seed=0)
+        return skeleton_of(lambda: _bare(options, width, symbols, 0, weights=False))
     with torch.device("meta"):
         return _bare(options, width, symbols, 0, weights=False)
+
+
+def skeleton_of(make: Callable[[], nn.Module]) -> nn.Module:
+    """Return a user's own model without weights; with them, where it can't say otherwise what it makes of lengths."""
+
+    def made() -> nn.Module:
+        model = make()
+        lengths: Callable[[Tensor], Tensor] | None = getattr(model, "output_lengths", None)
+        if lengths is not None:
+            int(lengths(torch.tensor(_ANY_LENGTH, device="cpu")))  # raises if the answer depends on a value that is not there
+        return model
+
+    with torch.random.fork_rng(devices=[]):
+        return shapes_only(made)
 
 
 def _bare(options: AsrOptions, width: int, symbols: int, seed: int, *, weights: bool) -> nn.Module:
