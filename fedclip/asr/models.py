@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fedclip.adapters import adapt
 from fedclip.asr.model import CtcTransformer
-from fedclip.asr.model_options import AdapterOptions, ConformerOptions, ModelDoorOptions, ModelOptions, PretrainedOptions
+from fedclip.asr.model_options import CONFORMER_TARGETS, AdapterOptions, ConformerOptions, ModelDoorOptions, ModelOptions, PretrainedOptions
 from fedclip.asr.options import AsrOptions
 from fedclip.asr.weights import checked_digest
 from fedclip.doors import load_door
@@ -41,8 +41,9 @@ def make_model(options: AsrOptions, *, width: int, symbols: int, seed: int) -> n
         return model
     if adapters.base is not None:
         _load_base(model, adapters, options)
+    targets = adapters.targets or (CONFORMER_TARGETS if isinstance(options.model, ConformerOptions) else ())
     try:
-        return adapt(model, rank=adapters.rank, alpha=adapters.alpha, targets=adapters.targets, trained=adapters.trained, seed=seed)
+        return adapt(model, rank=adapters.rank, alpha=adapters.alpha, targets=targets, trained=adapters.trained, seed=seed)
     except ConfigError as error:
         raise ConfigError(f"task.model.{error}") from error
 
