@@ -85,11 +85,12 @@ def check_free(path: Path) -> None:
 def on_folder(experiment: Experiment, folder: Path, *, all_users: bool = False) -> Experiment:
     """Return the experiment with its data read from a folder.
 
-    Speech changes to the corpus whose layout the folder has, where that is another, and then to all the speakers that are there;
-    `all_users` takes all of them in any case. Images have no users of their own, so that their population stays.
+    Virtual speakers give way to the corpus whose layout the folder has, and to all the speakers that are there; so does a corpus of
+    which only the kind is said, whose population stays. `all_users` takes any corpus and all users, which is for evaluation. Images have
+    no users of their own, so that their population stays.
 
     Raises:
-        ConfigError: no such folder, or a layout that is not known.
+        ConfigError: no such folder, a layout that is not known, or another than that of a corpus of which more is said than its kind.
     """
     if not folder.is_dir():
         raise ConfigError(f"No such data folder: {folder}; give the folder of the recordings or images by --data-dir.")
@@ -98,12 +99,30 @@ def on_folder(experiment: Experiment, folder: Path, *, all_users: bool = False) 
     if values["task"]["name"] == "asr" and values["task"]["corpus"]["kind"] != (
         kind := corpus_kind(folder, values["task"]["corpus"]["kind"])
     ):
-        values["task"]["corpus"], all_users = {"kind": kind}, True
+        all_users = all_users or _gives_way(experiment, kind)
+        values["task"]["corpus"] = {"kind": kind}
         if kind == "tuxpaint_stamps":
             values["task"]["languages"] = list(StampsOptions().languages)
     if all_users and values["task"]["name"] != "vision":
         values["population"] = {}
     return resolve(make_experiment(values))
+
+
+def _gives_way(experiment: Experiment, kind: str) -> bool:
+    """Return whether the population gives way with its corpus to one of another kind: that of virtual speakers does.
+
+    Raises:
+        ConfigError: settings of the corpus would be lost.
+    """
+    assert isinstance(experiment.task, AsrOptions)
+    corpus = experiment.task.corpus
+    said = sorted({*corpus.model_dump(exclude_defaults=True)} - {"kind"})
+    if said and corpus.kind != "embedded":
+        raise ConfigError(
+            f"--data-dir: the folder has the layout of '{kind}', and task.corpus is '{corpus.kind}' with settings of its own "
+            f"({', '.join(said)}); give a folder of '{corpus.kind}', or --set 'task.corpus={{kind=\"{kind}\"}}' and what it is to say."
+        )
+    return corpus.kind == "embedded"
 
 
 def corpus_kind(folder: Path, preferred: str = "") -> str:
@@ -232,13 +251,28 @@ def _with_initial(experiment: Experiment, layout: "Layout") -> "tuple[Experiment
 
     path = model_path(experiment.run.init_from)
     saved, tensors = load_model(path)
-    check_alphabet(path, saved, experiment)
+    check_alphabet(path, saved, experiment.task)
+    _check_frozen(path, saved, experiment)
     params = flatten(tensors, layout)
     digest = hashlib.blake2b(params.numpy().tobytes(), digest_size=16).hexdigest()
     if experiment.run.init_digest not in (None, digest):
         raise ConfigError(f"run.init_from: {path} holds other weights than the run began with ({digest}, {experiment.run.init_digest}).")
     origin = {"init_from": experiment.run.init_from.absolute(), "init_digest": digest}
     return experiment.model_copy(update={"run": experiment.run.model_copy(update=origin)}), params
+
+
+def _check_frozen(path: Path, saved: Experiment, experiment: Experiment) -> None:
+    """Refuse adapters of other frozen weights than those of the run: they fit them, and mean nothing to them."""
+    if not (isinstance(saved.task, AsrOptions) and isinstance(experiment.task, AsrOptions)):
+        return
+    from fedclip.asr.weights import frozen_digest
+
+    theirs, ours = frozen_digest(saved.task.model), frozen_digest(experiment.task.model)
+    if None not in (theirs, ours) and theirs != ours:
+        raise ConfigError(
+            f"run.init_from: the adapters in {path} were trained on other frozen weights ({theirs}) than task.model names ({ours}); "
+            "name the weights that they were trained on, or leave run.init_from out."
+        )
 
 
 def _layout_of(task: "Task", experiment: Experiment, weights: bool) -> "Layout":

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from fedclip.asr.options import AsrOptions
 from fedclip.asr.text import Alphabet
-from fedclip.config import Experiment, make_experiment
+from fedclip.config import Experiment, TaskOptions, make_experiment
 from fedclip.layout import Layout
 from fedclip.options import ConfigError
 
@@ -59,14 +59,14 @@ def load_model(path: Path) -> tuple[Experiment, dict[str, torch.Tensor]]:
     return make_experiment(json.loads(metadata["experiment"])), tensors
 
 
-def check_alphabet(path: Path, saved: Experiment, wanted: Experiment) -> None:
+def check_alphabet(path: Path, saved: Experiment, task: TaskOptions) -> None:
     """Refuse a model whose outputs stand for other characters than a task's: it might fit, and would spell nonsense.
 
     Raises:
         ConfigError: it is such a model.
     """
-    if isinstance(saved.task, AsrOptions) and isinstance(wanted.task, AsrOptions):
-        theirs, ours = Alphabet(saved.task.languages), Alphabet(wanted.task.languages)
+    if isinstance(saved.task, AsrOptions) and isinstance(task, AsrOptions):
+        theirs, ours = Alphabet(saved.task.languages), Alphabet(task.languages)
         if theirs.characters != ours.characters:
             raise ConfigError(
                 f"task.languages: {path} spells {', '.join(theirs.languages)} ({theirs.symbols} symbols), the task "

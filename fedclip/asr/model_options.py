@@ -8,6 +8,9 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from fedclip.options import Options
 
+CONFORMER_TARGETS = ("*.ffn1.*", "*.ffn2.*", "*.self_attn.out_proj")
+"""All linear layers of torchaudio's Conformer blocks: its queries, keys and values are a matrix of the attention, and no layer."""
+
 
 class AdapterOptions(Options):
     """Low-rank adapters (LoRA, arXiv 2106.09685): the model is frozen, and what is trained is small.
@@ -19,7 +22,10 @@ class AdapterOptions(Options):
     alpha: float = Field(default=16.0, gt=0.0, allow_inf_nan=False)
     """What an adapter adds is scaled by alpha / rank."""
     targets: tuple[str, ...] = ()
-    """The linear layers that get one. None: queries and values, as in the paper (those of `transformer` are one layer with the keys)."""
+    """The linear layers that get one. None: queries and values, as in the paper (those of `transformer` are one layer with the keys).
+
+    Of a `conformer`, whose queries and values are no layers of their own: all linear layers of its blocks.
+    """
     trained: tuple[str, ...] = ("output",)
     """Modules and tensors that are trained whole, the CTC output among them."""
     base: Path | None = None

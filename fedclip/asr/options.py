@@ -5,7 +5,7 @@ from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from fedclip.asr.model_options import AnyModelOptions, ModelOptions
+from fedclip.asr.model_options import AnyModelOptions, ConformerOptions, ModelOptions
 from fedclip.asr.text import Alphabet
 from fedclip.options import Options
 from fedclip.speech.options import CorpusOptions, EmbeddedOptions, StampsOptions
@@ -15,7 +15,7 @@ class FeatureOptions(Options):
     """Log-mel features: Hamming windows, pre-emphasis, mean and variance of each utterance taken out.
 
     `kind` is for models by a door: `waveform` gives them samples of mean 0 and variance 1, and `whisper` the features of Whisper
-    with `n_mels`. A pretrained model has features of its own.
+    with `n_mels`; the other options are those of `log_mel`. A pretrained model has features of its own.
     """
 
     kind: Literal["log_mel", "waveform", "whisper"] = "log_mel"
@@ -32,7 +32,14 @@ class FeatureOptions(Options):
             raise ValueError(f"Expected hop_ms <= window_ms, or samples between windows are lost; got {self.hop_ms} > {self.window_ms}.")
         if self.low_hz >= self.high_hz:
             raise ValueError(f"Expected low_hz < high_hz, got {self.low_hz} and {self.high_hz}.")
+        idle = sorted({*self.model_dump(exclude_defaults=True)} - {"kind"} - _TAKEN[self.kind])
+        if idle:
+            raise ValueError(f"Expected no {', '.join(idle)} beside kind '{self.kind}', which makes nothing of it; leave it out.")
         return self
+
+
+_TAKEN = {"log_mel": {*FeatureOptions.model_fields}, "waveform": set[str](), "whisper": {"n_mels"}}
+"""What each kind of features takes."""
 
 
 class AugmentOptions(Options):
@@ -70,6 +77,8 @@ class DecoderOptions(Options):
             raise ValueError("Expected beam >= 1 with the other options of the decoder: greedy decoding has none.")
         if self.word_score and (self.lm is None or self.unit != "word"):
             raise ValueError("Expected lm with unit 'word' beside word_score: without these nothing counts words.")
+        if self.lm is None and (self.lm_weight != 1.0 or self.unit != "word"):
+            raise ValueError(f"Expected lm beside lm_weight {self.lm_weight:g} and unit '{self.unit}': they are those of an n-gram model.")
         return self
 
 
@@ -102,6 +111,11 @@ class AsrOptions(Options):
             raise ValueError(
                 f"expected task.languages to have all of task.corpus.languages, got {list(self.languages)} "
                 f"and {list(self.corpus.languages)}"
+            )
+        if self.features.kind == "waveform" and isinstance(self.model, ModelOptions | ConformerOptions):
+            raise ValueError(
+                f"Expected features.kind 'log_mel' with model.kind '{self.model.kind}', got 'waveform': it would attend over thousands of "
+                "frames a second; samples are for models by a door."
             )
         if self.augment.enabled and self.augment.frequency_width > self.features.n_mels:
             raise ValueError(

@@ -26,6 +26,13 @@ def pinned(model: AnyModelOptions) -> AnyModelOptions:
     return model.model_copy(update={"adapters": model.adapters.model_copy(update={"base": base, "digest": found})})
 
 
+def frozen_digest(model: AnyModelOptions) -> str | None:
+    """Return the digest of the frozen weights that a pinned model section names; None where it names none."""
+    if isinstance(model, PretrainedOptions):
+        return model.digest
+    return model.adapters.digest if model.adapters is not None else None
+
+
 def checked_digest(place: Path, expected: str | None) -> str:
     """Return the digest of a model file, of a run folder's last model, or of a folder with a pretrained model.
 

@@ -19,7 +19,7 @@ from fedclip.asr.inputs import open_inputs
 from fedclip.asr.languages import code_of
 from fedclip.asr.metrics import bootstrap_interval, count_errors_by_group, error_rate, rates_by_group, rates_over_speakers
 from fedclip.asr.model import ctc_losses
-from fedclip.asr.models import make_model, make_skeleton
+from fedclip.asr.models import make_model, make_skeleton, skeleton_of
 from fedclip.asr.options import AsrOptions
 from fedclip.asr.text import Alphabet, frames_needed
 from fedclip.speech.build import build_corpus
@@ -283,7 +283,8 @@ class AsrTask:
     @cached_property
     def _output_lengths(self) -> Callable[[Tensor], Tensor] | None:
         given = self._make_model
-        model = given() if given is not None else make_skeleton(self._options, width=self._inputs.width, symbols=self._alphabet.symbols)
+        sizes = {"width": self._inputs.width, "symbols": self._alphabet.symbols}
+        model = skeleton_of(given) if given is not None else make_skeleton(self._options, **sizes)
         return getattr(model, "output_lengths", None)
 
     def _transcribe(self, model: nn.Module, examples: Sequence[Example]) -> tuple[list[str], float]:

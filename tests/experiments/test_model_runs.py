@@ -9,8 +9,10 @@ from typer.testing import CliRunner
 
 from experiments.cli import app
 from experiments.prepare import prepare, read_experiment
+from fedclip.asr.models import make_model
 from fedclip.config import load_experiment
-from fedclip.model_file import load_model, model_path
+from fedclip.layout import Layout
+from fedclip.model_file import flatten, load_model, model_path, save_model
 from fedclip.options import ConfigError
 from strategies.naming import run_digest
 from strategies.recipes import resolve
@@ -155,6 +157,34 @@ def test_a_base_that_does_not_fit_is_refused_before_a_folder_is_made(asr: Path, 
         assert (status, message in output, out.exists()) == (2, True, False), output
     with pytest.raises(ConfigError, match=r"adapters.base, a trained model"):
         load_experiment(asr, ["task.model.adapters.rank=4"])
+
+
+def test_weights_of_other_letters_and_adapters_of_other_weights_are_refused(asr: Path, digits: Path, seed: Path, tmp_path: Path) -> None:
+    def begin(*overrides: str) -> str:
+        return run_digest(prepare(read_experiment(asr, [SMALL, "task.model.adapters.rank=2", *overrides], digits)).experiment)
+
+    def write(name: str, languages: list[str], symbols: int, add: float = 0.0) -> Path:
+        options = saved.task.model_copy(update={"languages": tuple(languages)})
+        model = make_model(options, width=80, symbols=symbols, seed=0)
+        layout, tensors = Layout.of(model), dict(model.named_parameters())
+        path = tmp_path / f"{name}.safetensors"
+        save_model(path, flatten(tensors, layout).detach() + add, layout, saved.model_copy(update={"task": options}), 2)
+        return path
+
+    saved, _ = load_model(model_path(seed))
+    german = write("german", ["de"], 34)
+    with pytest.raises(ConfigError, match=r"adapters\.base: task\.languages: .* spells de \(34 symbols\), the task sv \(34\)"):
+        begin(f"task.model.adapters.base='{german}'", 'task.languages=["sv"]')
+
+    on_seed = f"task.model.adapters.base='{seed}'"
+    start(asr, digits, tmp_path / "adapted", SMALL, on_seed, "task.model.adapters.rank=2")
+    init = f"run.init_from='{tmp_path / 'adapted'}'"
+    assert begin(on_seed, init) != begin(on_seed)
+    other = write("other", ["en"], 30, add=1.0)
+    with pytest.raises(
+        ConfigError, match=r"run\.init_from: the adapters in .* trained on other frozen weights \(\w{32}\) than task\.model"
+    ):
+        begin(f"task.model.adapters.base='{other}'", init)
 
 
 def test_a_run_is_named_by_what_its_frozen_weights_are_and_not_by_their_place(asr: Path, digits: Path, tmp_path: Path) -> None:

@@ -13,7 +13,11 @@ from typer.testing import CliRunner
 from experiments.cli import app
 from experiments.engines import open_engine
 from experiments.prepare import corpus_kind, prepare, read_experiment
+from fedclip.asr.options import AsrOptions
+from fedclip.config import Experiment
 from fedclip.options import ConfigError
+from fedclip.speech.options import ManifestOptions
+from tests.corpora_folders import HELD_OUT, TRAIN, common_voice, librispeech, write_text
 from tests.speech_folder import write_spoken_digits
 from tests.stamps_folder import write_stamps
 
@@ -92,6 +96,33 @@ def test_an_unreadable_recording_is_one_clear_message_and_no_folder(manifest: Pa
 def test_a_folder_of_no_known_layout_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"No known layout .*manifest\.csv"):
         corpus_kind(tmp_path)
+
+
+def test_what_an_experiment_says_of_its_corpus_is_not_lost_on_a_folder_of_another_layout(manifest: Path) -> None:
+    def read(*overrides: str) -> Experiment:
+        return read_experiment(EXPERIMENTS / "digits.toml", ["population.size=2", "sampler.cohort=2", *overrides], manifest)
+
+    said = 'task.corpus={kind="common_voice", speakers="federated", seed_fraction=0.4}'
+    with pytest.raises(ConfigError, match=r"layout of 'manifest'.*'common_voice'.*\(seed_fraction, speakers\).*--set 'task\.corpus="):
+        read(said)
+    bare = read('task.corpus={kind="common_voice"}')
+    assert isinstance(bare.task, AsrOptions)
+    assert (bare.task.corpus, bare.population.size) == (ManifestOptions(), 2)
+    virtual = read_experiment(EXPERIMENTS / "seeded.toml", [], manifest)
+    assert isinstance(virtual.task, AsrOptions)
+    assert (virtual.task.corpus, virtual.population.size) == (ManifestOptions(), None)
+
+
+def test_the_published_experiment_reads_common_voice_as_released_and_librispeech_where_it_is_told_so(tmp_path: Path) -> None:
+    cache, kind = f'task.cache_dir="{tmp_path / "cache"}"', 'task.corpus={kind="librispeech"}'
+    voices, books = common_voice(tmp_path / "cv"), librispeech(tmp_path / "books")
+    write_text(voices / "de" / "train.tsv", "client_id\tpath\tsentence")  # another language of the release, which is not read
+    (voices / "de" / "clips").mkdir()
+    for folder, speakers, overrides in ((voices, TRAIN, ()), (books, 3 * TRAIN, (kind,))):
+        prepared = prepare(read_experiment(EXPERIMENTS / "pfl4asr.toml", [cache, *overrides], folder), weights=False)
+        assert (prepared.experiment.population.size, prepared.task.held_out_units) == (speakers, HELD_OUT)
+    with pytest.raises(ConfigError, match=r"'librispeech', and task\.corpus is 'common_voice' .*\(languages\)"):
+        read_experiment(EXPERIMENTS / "pfl4asr.toml", [], books)
 
 
 def test_more_speakers_than_there_are_is_refused(digits: Path, tmp_path: Path) -> None:

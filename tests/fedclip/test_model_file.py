@@ -62,11 +62,11 @@ def test_a_model_that_spells_with_other_characters_is_refused():
         return make_experiment(EXPERIMENT.plain() | {"task": {"name": "asr", "languages": list(languages)}})
 
     here = Path("some/model")
-    check_alphabet(here, spelling("en"), spelling("en"))
-    check_alphabet(here, spelling("da"), spelling("nb"))
-    check_alphabet(here, EXPERIMENT, spelling("fr"))
+    check_alphabet(here, spelling("en"), spelling("en").task)
+    check_alphabet(here, spelling("da"), spelling("nb").task)
+    check_alphabet(here, EXPERIMENT, spelling("fr").task)
     with pytest.raises(ConfigError, match=r"some/model spells fr, en \(46 symbols\).*give task\.languages = \['fr', 'en'\]"):
-        check_alphabet(here, spelling("fr", "en"), spelling("en", "fr"))
+        check_alphabet(here, spelling("fr", "en"), spelling("en", "fr").task)
 
 
 def test_a_model_of_another_shape_is_refused_by_the_tensors_that_differ():

@@ -17,7 +17,7 @@ from fedclip.asr.options import AsrOptions
 from fedclip.asr.pretrained import make_pretrained, whisper_padding
 from fedclip.codec import DenseCodec
 from fedclip.layout import Layout
-from fedclip.options import ConfigError
+from fedclip.options import ConfigError, validate
 from fedclip.replica import Replica
 from fedclip.simulation import InProcess
 from fedclip.stages import local_sgd, poisson
@@ -220,6 +220,24 @@ def test_what_cannot_be_used_is_refused(folders, tmp_path):
     refused("lacks weights that fit", pickled)
     (pickled / "config.json").write_text('{"model_type": "bert"}')
     refused("holds a 'bert'", pickled)
+
+
+@pytest.mark.parametrize(
+    ("message", "values"),
+    [
+        ("features.kind 'log_mel' with model.kind 'transformer', got 'waveform'", {"features": {"kind": "waveform"}}),
+        ("model.kind 'conformer', got 'waveform'", {"features": {"kind": "waveform"}, "model": {"kind": "conformer"}}),
+        ("no hop_ms, n_mels beside kind 'waveform'", {"features": {"kind": "waveform", "n_mels": 40, "hop_ms": 20.0}}),
+        ("no preemphasis beside kind 'whisper'", {"features": {"kind": "whisper", "n_mels": 40, "preemphasis": 0.0}}),
+        ("expected lm beside lm_weight 2 and unit 'word'", {"decoder": {"beam": 5, "lm_weight": 2.0}}),
+        ("expected lm beside lm_weight 1 and unit 'character'", {"decoder": {"beam": 5, "unit": "character"}}),
+    ],
+)
+def test_options_that_nothing_is_made_of_are_refused(message, values):
+    with pytest.raises(ConfigError, match=message):
+        validate(AsrOptions, values)
+    default = AsrOptions(features={"kind": "waveform"}, model={"name": "mine.py:make"})
+    assert validate(AsrOptions, default.model_dump()) == default  # what a run folder says of it: all the defaults
 
 
 def test_tensors_under_their_older_names_beside_a_fine_tuned_head_and_in_float16_are_read(folders, tmp_path):

@@ -206,6 +206,35 @@ def test_any_module_can_be_the_model():
     assert model.weight.grad.abs().sum() > 0
 
 
+class Halves(SaysNothing):
+    """It says how many frames it makes, by a number that it may keep as a tensor."""
+
+    def __init__(self, width=80, symbols=30, seed=0, kept=False):
+        super().__init__()
+        self.stride = torch.tensor(2) if kept else 2
+
+    def output_lengths(self, lengths):
+        return torch.div(lengths + 1, self.stride, rounding_mode="floor")
+
+
+def by_a_door(**arguments):
+    return AsrTask(options(model={"name": f"{__file__}:Halves", "arguments": arguments}), Tones(), 0)
+
+
+@pytest.mark.parametrize("make", [lambda: AsrTask(options(), Tones(), 0, make_model=Halves), by_a_door])
+def test_a_model_of_ones_own_is_not_kept_a_second_time(make):
+    described = make()
+    assert len(described.load_user(0, rng())) == 6
+    model = described._output_lengths.__self__
+    assert all(p.is_meta for p in model.parameters())
+
+
+def test_a_model_of_ones_own_that_needs_its_values_for_lengths_has_them():
+    described = by_a_door(kept=True)
+    assert len(described.load_user(0, rng())) == 6
+    assert described._frames(11) == 6
+
+
 def test_a_cached_speaker_is_read_once_and_gives_the_same_bits(tmp_path):
     cached, plain = Tones(), Tones()
     first = task(cached, cache_mb=1, cache_dir=tmp_path)
