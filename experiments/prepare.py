@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fedclip.asr.options import AsrOptions
 from fedclip.config import Experiment, load_experiment, make_experiment
 from fedclip.options import ConfigError
-from fedclip.speech.find import EXPECTED, FINDERS
+from fedclip.speech.find import EXPECTED, FINDERS, languages_told
 from fedclip.speech.options import StampsOptions
 from strategies.naming import run_digest
 from strategies.privacy import calibrated
@@ -85,8 +85,9 @@ def check_free(path: Path) -> None:
 def on_folder(experiment: Experiment, folder: Path, *, all_users: bool = False) -> Experiment:
     """Return the experiment with its data read from a folder.
 
-    Speech changes to the corpus whose layout the folder has, where that is another, and then to all the speakers that are there;
-    `all_users` takes all of them in any case. Images have no users of their own, so that their population stays.
+    Speech changes to the corpus whose layout the folder has, where that is another, and then to all the speakers that are there, and to
+    the languages that the layout tells, where `task.languages` lacks one of them; `all_users` takes all speakers in any case. Images have
+    no users of their own, so that their population stays.
 
     Raises:
         ConfigError: no such folder, or a layout that is not known.
@@ -99,8 +100,9 @@ def on_folder(experiment: Experiment, folder: Path, *, all_users: bool = False) 
         kind := corpus_kind(folder, values["task"]["corpus"]["kind"])
     ):
         values["task"]["corpus"], all_users = {"kind": kind}, True
-        if kind == "tuxpaint_stamps":
-            values["task"]["languages"] = list(StampsOptions().languages)
+        told = StampsOptions().languages if kind == "tuxpaint_stamps" else languages_told(kind, folder)
+        if not {*told} <= {*values["task"]["languages"]}:
+            values["task"]["languages"] = list(told)
     if all_users and values["task"]["name"] != "vision":
         values["population"] = {}
     return resolve(make_experiment(values))

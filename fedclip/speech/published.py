@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from fedclip.speech.errors import CorpusError
-from fedclip.speech.find import common_voice_languages, folders, tedlium_sets, voxpopuli_languages
+from fedclip.speech.find import common_voice_languages, folders, language_of, tedlium_sets, voxpopuli_languages
 from fedclip.speech.listing import TABS, Entry, Skip, Table, at, delimiter_of, lines, rows
 from fedclip.speech.manifest import manifest_depends, manifest_entries
 from fedclip.speech.options import CommonVoiceOptions, LibriSpeechOptions, SpeechCommandsOptions, TedLiumOptions, VoxPopuliOptions
@@ -105,8 +105,7 @@ def _common_voice_depends(folder: Path, options: CommonVoiceOptions, sets: Seque
 
 def _common_voice_entries(folder: Path, options: CommonVoiceOptions, sets: Sequence[str], sizes: Sizes) -> Listed:
     for place in _languages(folder, options):
-        at_root = place == folder
-        prefix = "" if at_root else f"{place.name}/"
+        prefix, told = "" if place == folder else f"{place.name}/", language_of(place, folder)
         seconds = _clip_durations(place / "clip_durations.tsv") if f"{prefix}clip_durations.tsv" in sizes else {}
         for name in sets:
             if f"{prefix}{name}.tsv" not in sizes:
@@ -117,7 +116,7 @@ def _common_voice_entries(folder: Path, options: CommonVoiceOptions, sets: Seque
                 clip = row["path"] if row["path"].endswith((".mp3", ".wav", ".ogg", ".flac")) else f"{row['path']}.mp3"
                 if not row["path"]:
                     raise CorpusError(f"{listing}, line {number}: the path is empty; fill it in or leave the line out.")
-                language = row.get("locale") or place.name
+                language = row.get("locale") or told
                 path = f"{prefix}clips/{clip}"
                 yield Entry(path, row["client_id"], row["sentence"], name, (listing, number), language, seconds=seconds.get(clip))
 
@@ -231,7 +230,7 @@ def _voxpopuli_depends(folder: Path, options: VoxPopuliOptions, sets: Sequence[s
 
 def _voxpopuli_entries(folder: Path, options: VoxPopuliOptions, sets: Sequence[str], sizes: Sizes) -> Listed:
     for place in _languages(folder, options):
-        prefix = "" if place == folder else f"{place.name}/"
+        prefix, told = "" if place == folder else f"{place.name}/", language_of(place, folder)
         for name in sets:
             listing = place / f"asr_{name}.tsv"
             if f"{prefix}asr_{name}.tsv" not in sizes:
@@ -242,7 +241,7 @@ def _voxpopuli_entries(folder: Path, options: VoxPopuliOptions, sets: Sequence[s
                     raise CorpusError(f"{listing}, line {number}: expected an id that begins with a year, got {row['id']!r}.")
                 path = f"{prefix}{row['id'][:4]}/{row['id']}.ogg"
                 speaker = "" if row["speaker_id"] == "None" else row["speaker_id"]
-                yield Entry(path, speaker, row[options.text], name, (listing, number), place.name)
+                yield Entry(path, speaker, row[options.text], name, (listing, number), told)
 
 
 LAYOUTS: Final[Mapping[str, Layout]] = {

@@ -77,6 +77,13 @@ class RecordedCorpus:
         return self.trained.index.content
 
     @property
+    def languages(self) -> tuple[str, ...]:
+        """The languages that utterances of its speakers are told to be in, as they are told, sorted."""
+        index = self.trained.index
+        heard = np.unique(np.concatenate([index.language[shelf.chosen] for shelf in (self.trained, self.reserved)]))
+        return tuple(name for name in (index.languages[int(n)] for n in heard) if name)
+
+    @property
     def cacheable(self) -> bool:
         """Whether a speaker's utterances are the same each round: when their number is not limited."""
         return self.options.utterances is None

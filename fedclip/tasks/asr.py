@@ -16,7 +16,7 @@ from fedclip.asr.cache import Recording, open_cache
 from fedclip.asr.decoding import open_decoder
 from fedclip.asr.features import spec_augment
 from fedclip.asr.inputs import open_inputs
-from fedclip.asr.languages import code_of
+from fedclip.asr.languages import LANGUAGES, code_of
 from fedclip.asr.metrics import bootstrap_interval, count_errors_by_group, error_rate, rates_by_group, rates_over_speakers
 from fedclip.asr.model import ctc_losses
 from fedclip.asr.models import make_model, make_skeleton
@@ -24,6 +24,7 @@ from fedclip.asr.options import AsrOptions
 from fedclip.asr.text import Alphabet, frames_needed
 from fedclip.speech.build import build_corpus
 from fedclip.speech.corpus import SAMPLE_RATE, Corpus, Utterance
+from fedclip.speech.errors import CorpusError
 
 if TYPE_CHECKING:
     from fedclip.speech.index_file import Watch
@@ -312,11 +313,33 @@ def build_asr(
     """Return the task that a configuration describes: its corpus of so many speakers, its model with this seed.
 
     `index` and `watch`: see `fedclip.speech.build.build_corpus`.
+
+    Raises:
+        CorpusError: see there; or utterances are told to be in a language that the model does not spell.
+        ConfigError: see `AsrTask`.
     """
     corpus = build_corpus(
         options.corpus, population=population, data_dir=data_dir, seed=seed, cache_dir=options.cache_dir, index=index, watch=watch
     )
+    _check_languages(getattr(corpus, "languages", ()), options)
     return AsrTask(options, corpus, seed)
+
+
+def _check_languages(told: Sequence[str], options: AsrOptions) -> None:
+    """Refuse languages of the data that the model does not spell, before a user or a held-out speaker fails of them."""
+    foreign = [tag for tag in told if code_of(tag) not in options.languages]
+    if not foreign:
+        return
+    known = sorted({code_of(tag) for tag in foreign} & {*LANGUAGES})
+    unknown = [tag for tag in foreign if code_of(tag) not in LANGUAGES]
+    by_folder = "languages" in type(options.corpus).model_fields
+    leave_out = "by task.corpus.languages" if by_folder else "(their lines of the listing)"
+    remedies = [f"add {', '.join(known)} to task.languages"] if known else []
+    remedies += [f"leave out {', '.join(unknown)}, whose letters aren't known, {leave_out}"] if unknown else []
+    raise CorpusError(
+        f"task.languages: the data have utterances in {', '.join(foreign)}, and the model spells {', '.join(options.languages)} only; "
+        f"{', and '.join(remedies)}."
+    )
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -12,12 +12,14 @@ from pydantic import TypeAdapter
 from typer.testing import CliRunner
 
 from experiments.cli import app
-from experiments.prepare import corpus_kind
+from experiments.prepare import corpus_kind, read_experiment
+from fedclip.asr.options import AsrOptions
 from fedclip.speech.build import build_corpus
 from fedclip.speech.errors import CorpusError
 from fedclip.speech.options import LibriSpeechOptions, ListedOptions
 from fedclip.speech.recorded import RecordedCorpus
 from fedclip.speech.recordings import read, utterances
+from fedclip.tasks.asr import build_asr
 from tests.corpora_folders import EACH, FOLDERS, TRAIN, tone, write
 
 SECTION: TypeAdapter[ListedOptions] = TypeAdapter(ListedOptions)
@@ -143,6 +145,59 @@ def test_a_person_is_one_user_whatever_the_talk_or_the_language(tmp_path: Path) 
     assert {u.language for u in both.train(0, np.random.default_rng(0))} == {"en", "fr"}
     assert {u.language for u in french.train(0, np.random.default_rng(0))} == {"fr"}
     assert french.train_seconds(0) == pytest.approx(50 + (EACH - 1) * 0.6, rel=0.1)
+
+
+# Languages
+
+
+def renamed(folder: Path, kind: str, name: str) -> Path:
+    """Write a corpus whose one folder of a language has another name and no column that tells the language; return that folder."""
+    place = FOLDERS[kind](folder) / ("en" if kind == "common_voice" else "transcribed_data/en")
+    for listing in place.glob("*.tsv"):
+        listing.write_text(listing.read_text().replace("locale", "x"))
+    return place.rename(place.with_name(name))
+
+
+@pytest.mark.parametrize("kind", ["common_voice", "voxpopuli"])
+@pytest.mark.parametrize(
+    ("name", "within", "told", "spoken"),
+    [
+        ("fr", False, "fr", ("fr",)),
+        ("fr", True, "fr", ("fr",)),
+        ("sv-SE", True, "sv-SE", ("sv",)),
+        ("my-recordings", True, "", ("en",)),
+        ("it-recordings", True, "", ("en",)),
+        ("rm-sursilv", False, "rm-sursilv", ("en",)),
+    ],
+)
+def test_the_folder_of_a_language_tells_it(tmp_path: Path, kind: str, name: str, within: bool, told: str, spoken: tuple[str, ...]) -> None:
+    folder = renamed(tmp_path / "data", kind, name)
+    folder = folder if within else tmp_path / "data"
+    corpus = open_corpus(folder, kind, tmp_path / "cache")
+    assert corpus.languages == ((told,) if told else ())
+    assert {u.language for u in (*corpus.train(0, np.random.default_rng(0)), *corpus.held_out(0))} == {told}
+    task = read_experiment(EXPERIMENT, [], folder).task
+    assert isinstance(task, AsrOptions)
+    assert task.languages == spoken
+    both = read_experiment(EXPERIMENT, ['task.languages=["fr", "sv", "en"]'], folder).task
+    assert isinstance(both, AsrOptions)
+    assert both.languages == ("fr", "sv", "en")  # what is spoken is among them
+
+
+@pytest.mark.parametrize("name", ["train", "dev"])
+def test_a_language_that_the_model_does_not_spell_is_refused_before_a_run(tmp_path: Path, name: str) -> None:
+    folder = FOLDERS["common_voice"](tmp_path / "release")
+    listing = folder / "en" / f"{name}.tsv"
+    text = listing.read_text()
+    listing.write_text(text.replace("\ten\t", "\tfr-CA\t", 1).replace("\ten\t", "\trm-sursilv\t", 1))
+    options = AsrOptions.model_validate({"corpus": {"kind": "common_voice"}, "cache_dir": tmp_path / "cache"})
+    with pytest.raises(CorpusError, match=r"in fr-CA, rm-sursilv.*add fr to task\.languages, and leave out rm-sursilv.*corpus\.languages"):
+        build_asr(options, population=None, data_dir=folder, seed=1)
+    listing.write_text(text.replace("\ten\t", "\tfr-CA\t", 1))
+    with pytest.raises(CorpusError, match=r"in fr-CA, and the model spells en only; add fr to task\.languages\.$"):
+        build_asr(options, population=None, data_dir=folder, seed=1)
+    spelt = options.model_copy(update={"languages": ("en", "fr")})
+    assert build_asr(spelt, population=None, data_dir=folder, seed=1).users == TRAIN
 
 
 # The index
