@@ -9,20 +9,15 @@ from fedclip.asr.languages import LANGUAGES, code_of
 
 _TAG: Final = re.compile(r"[A-Za-z]{2}([-_][A-Za-z]{2})?")
 
-LIBRISPEECH_SETS: Final = (
-    "train-clean-100",
-    "train-clean-360",
-    "train-other-500",
-    "dev-clean",
-    "dev-other",
-    "test-clean",
-    "test-other",
-)
-
 
 def librispeech(folder: Path) -> Path | None:
     """Return the folder of `train-clean-100` and its like: this one or its `LibriSpeech`."""
-    return _first((folder, folder / "LibriSpeech"), lambda place: any((place / name).is_dir() for name in LIBRISPEECH_SETS))
+    return _first((folder, folder / "LibriSpeech"), lambda place: bool(librispeech_sets(place)))
+
+
+def librispeech_sets(folder: Path) -> list[str]:
+    """Return the sets that are in a folder, sorted: those of LibriSpeech, of Mini LibriSpeech, and others that are named like them."""
+    return [place.name for place in folders(folder) if place.name.startswith(("train-", "dev-", "test-"))]
 
 
 def common_voice(folder: Path) -> Path | None:

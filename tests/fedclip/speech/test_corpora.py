@@ -111,6 +111,34 @@ def test_sets_are_chosen_by_name(folders: dict[str, Path], tmp_path: Path) -> No
     assert test.reserved.names == ("80", "81")
 
 
+def test_mini_librispeech_is_known_by_its_own_sets(tmp_path: Path) -> None:
+    folder = FOLDERS["librispeech"](tmp_path / "data")
+    for name, mini in (("train-clean-100", "train-clean-5"), ("dev-clean", "dev-clean-2")):
+        (folder / name).rename(folder / mini)
+    for name in ("train-clean-360", "train-other-500", "test-clean"):
+        shutil.rmtree(folder / name)
+    speakers = folder / "SPEAKERS.TXT"
+    speakers.write_text(speakers.read_text().replace("train-clean-100", "train-clean-5").replace("dev-clean", "dev-clean-2"))
+    (tmp_path / "unpacked").mkdir()
+    folder = folder.rename(tmp_path / "unpacked" / "LibriSpeech")
+    assert corpus_kind(folder) == corpus_kind(folder.parent) == "librispeech"
+    corpus = open_corpus(folder.parent, "librispeech", tmp_path / "cache")
+    assert (corpus.train_speakers, corpus.reserved.names) == (TRAIN, ("50", "51"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "values"),
+    [
+        ("librispeech", "subsets", ["train-clean-100", "train-clean-100"]),
+        ("tedlium", "held_out", ["dev", "dev"]),
+        ("tuxpaint_stamps", "languages", ["fr", "ru", "fr"]),
+    ],
+)
+def test_a_set_or_a_language_that_is_named_twice_is_refused(kind: str, key: str, values: list[str]) -> None:
+    with pytest.raises(ValueError, match=f"Expected each of {key} once, got {', '.join(values)}"):
+        AsrOptions.model_validate({"languages": ["fr", "ru"], "corpus": {"kind": kind, key: values}})
+
+
 def test_without_sets_a_share_of_the_speakers_is_held_out(tmp_path: Path) -> None:
     folder = FOLDERS["librispeech"](tmp_path / "data")
     for name in ("dev-clean", "test-clean"):
