@@ -1,6 +1,7 @@
 """Speech recognition as a task: speakers are users, the loss is CTC over characters, the metrics are WER and CER."""
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,6 +29,8 @@ from fedclip.speech.errors import CorpusError
 
 if TYPE_CHECKING:
     from fedclip.speech.index_file import Watch
+
+log = logging.getLogger(__name__)
 
 EVALUATION_BATCH: Final = 16
 """Utterances a batch in evaluation. It alters no result: padding doesn't reach an utterance."""
@@ -131,6 +134,7 @@ class AsrTask:
         self._inputs = open_inputs(options)
         self._decode = open_decoder(options.decoder, self._alphabet)
         self._cache = open_cache(options.cache_dir, options.cache_mb)
+        self._fault_named = False
 
     @property
     def users(self) -> int:
@@ -213,9 +217,13 @@ class AsrTask:
         """Return the error counts of a held-out speaker, the sum of its losses, and what they are over.
 
         The errors are counted for each language that the corpus names, too.
-        What no model could spell still counts as errors; only over-long and unreadable audio is left out, and counted.
+        What no model could spell still counts as errors; only over-long and unreadable audio is left out, and counted;
+        the first unreadable recording is logged.
         """
         examples, faults = self._examples("held_out", unit, lambda: self._corpus.held_out(unit), keep=True)
+        if faults and not self._fault_named:
+            log.warning("left out of the evaluation: %s", faults[0])
+            self._fault_named = True
         heard = sorted((e for e in examples if len(e.features) > 0), key=lambda e: len(e.features))
         hypotheses: list[str] = []
         loss_sum = 0.0

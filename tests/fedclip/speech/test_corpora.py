@@ -212,6 +212,19 @@ def test_the_folder_of_a_language_tells_it(tmp_path: Path, kind: str, name: str,
     assert both.languages == ("fr", "sv", "en")  # what is spoken is among them
 
 
+def test_a_held_out_recording_that_cannot_be_read_is_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = FOLDERS["librispeech"](tmp_path / "data")
+    for name in ("50/7/50-7-0001", "51/7/51-7-0000"):
+        (folder / "dev-clean" / f"{name}.flac").write_bytes(b"no sound")
+    sizes = {"dim": 16, "convolutions": 1, "mlp_dim": 32}
+    section = {"corpus": {"kind": "librispeech"}, "features": {"n_mels": 20}, "model": sizes, "cache_dir": tmp_path / "cache"}
+    task = build_asr(AsrOptions.model_validate(section), population=None, data_dir=folder, seed=1)
+    counts = [task.evaluate(task.make_model().eval(), unit) for unit in (0, 1, 0)]
+    assert [c["left_out"] for c in counts] == [1, 1, 1]
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert "50-7-0001.flac is no readable recording" in said
+
+
 @pytest.mark.parametrize("name", ["train", "dev"])
 def test_a_language_that_the_model_does_not_spell_is_refused_before_a_run(tmp_path: Path, name: str) -> None:
     folder = FOLDERS["common_voice"](tmp_path / "release")
