@@ -340,10 +340,9 @@ def _check_languages(told: Sequence[str], options: AsrOptions) -> None:
         return
     known = sorted({code_of(tag) for tag in foreign} & {*LANGUAGES})
     unknown = [tag for tag in foreign if code_of(tag) not in LANGUAGES]
-    by_folder = "languages" in type(options.corpus).model_fields
-    leave_out = "by task.corpus.languages" if by_folder else "(their lines of the listing)"
+    how = ", by task.corpus.languages" if "languages" in type(options.corpus).model_fields else ""
     remedies = [f"add {', '.join(known)} to task.languages"] if known else []
-    remedies += [f"leave out {', '.join(unknown)}, whose letters aren't known, {leave_out}"] if unknown else []
+    remedies += [f"leave out {', '.join(unknown)}, whose letters aren't known{how}"] if unknown else []
     raise CorpusError(
         f"task.languages: the data have utterances in {', '.join(foreign)}, and the model spells {', '.join(options.languages)} only; "
         f"{', and '.join(remedies)}."
