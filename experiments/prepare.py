@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fedclip.asr.options import AsrOptions
 from fedclip.config import Experiment, load_experiment, make_experiment
 from fedclip.options import ConfigError
-from fedclip.speech.find import EXPECTED, FINDERS
+from fedclip.speech.find import EXPECTED, FINDERS, languages_told
 from fedclip.speech.options import StampsOptions
 from strategies.naming import run_digest
 from strategies.privacy import calibrated
@@ -86,7 +86,8 @@ def on_folder(experiment: Experiment, folder: Path, *, all_users: bool = False) 
     """Return the experiment with its data read from a folder.
 
     Virtual speakers give way to the corpus whose layout the folder has, and to all the speakers that are there; so does a corpus of
-    which only the kind is said, whose population stays. `all_users` takes any corpus and all users, which is for evaluation. Images have
+    which only the kind is said, whose population stays. The languages that the layout tells come with it, where `task.languages` lacks
+    one of them. `all_users` takes any corpus and all users, which is for evaluation. Images have
     no users of their own, so that their population stays.
 
     Raises:
@@ -101,8 +102,9 @@ def on_folder(experiment: Experiment, folder: Path, *, all_users: bool = False) 
     ):
         all_users = all_users or _gives_way(experiment, kind)
         values["task"]["corpus"] = {"kind": kind}
-        if kind == "tuxpaint_stamps":
-            values["task"]["languages"] = list(StampsOptions().languages)
+        told = StampsOptions().languages if kind == "tuxpaint_stamps" else languages_told(kind, folder)
+        if not {*told} <= {*values["task"]["languages"]}:
+            values["task"]["languages"] = list(told)
     if all_users and values["task"]["name"] != "vision":
         values["population"] = {}
     return resolve(make_experiment(values))

@@ -53,7 +53,8 @@ class Alphabet:
 
         Args:
             text: What was said.
-            language: Its language, a region aside ("sv-SE" is "sv"); by default the text may have the letters of all of them.
+            language: Its language, a region aside ("sv-SE" is "sv"); by default the text may have the letters of all of them,
+                and characters are folded only where there is one language.
 
         Raises:
             ConfigError: the language is none of the alphabet's.
@@ -63,8 +64,9 @@ class Alphabet:
         >>> Alphabet(("en", "fr")).normalise("\u00c0 No\u00ebl, se\u00f1or", "fr")
         '\u00e0 no\u00ebl senor'
         """
-        letters = self._letters(language)
-        folds = {ord(k): v for code in self._spoken(language) for k, v in LANGUAGES[code].folds.items()}
+        letters, spoken = self._letters(language), self._spoken(language)
+        # What one language folds may be a letter of another: I is i but for Turkish, and Turkish has the s with a cedilla.
+        folds = {ord(k): v for k, v in LANGUAGES[spoken[0]].folds.items()} if len(spoken) == 1 else {}
         folded = unicodedata.normalize("NFC", text).translate(folds) if folds else text
         decomposed = unicodedata.normalize("NFKD", folded.translate(_TABLE)).lower()
         kept: list[str] = []

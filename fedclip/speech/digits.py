@@ -12,7 +12,7 @@ import numpy as np
 from fedclip.speech.corpus import SAMPLE_RATE, Utterance
 from fedclip.speech.errors import CorpusError
 from fedclip.speech.grammar import DIGITS
-from fedclip.speech.index import Shelf, build_index, digest_of
+from fedclip.speech.index import Shelf, build_index, digest_of, expect_both
 from fedclip.speech.index_file import stamp_of, walk
 from fedclip.speech.listing import Entry
 from fedclip.speech.options import SpokenDigitsOptions
@@ -55,9 +55,7 @@ class SpokenDigitsCorpus:
             raise CorpusError(f"hold_out is {options.hold_out!r}, but {folder} has no such speaker; choose 'recordings' or one of {known}.")
         index = build_index(folder, entries, sizes, held_out=("test",), strict=True, stamp=stamp)
         trained, reserved = (Shelf(index, np.flatnonzero(index.of_sets([name]))) for name in ("train", "test"))
-        for kind, shelf in (("training", trained), ("held-out", reserved)):
-            if not len(shelf):
-                raise CorpusError(f"{folder} is left without {kind} recordings; add recordings or choose another hold_out.")
+        expect_both(folder, trained, reserved, "recordings; add recordings or choose another hold_out.")
         return cls(options, trained, reserved, seed)
 
     @cached_property

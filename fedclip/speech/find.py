@@ -1,23 +1,23 @@
 """Which corpus lies in a folder, told by its layout, and where in it. Looks at names alone; imports neither PyTorch nor NumPy."""
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
-LIBRISPEECH_SETS: Final = (
-    "train-clean-100",
-    "train-clean-360",
-    "train-other-500",
-    "dev-clean",
-    "dev-other",
-    "test-clean",
-    "test-other",
-)
+from fedclip.asr.languages import LANGUAGES, code_of
+
+_TAG: Final = re.compile(r"[A-Za-z]{2}([-_][A-Za-z]{2})?")
 
 
 def librispeech(folder: Path) -> Path | None:
     """Return the folder of `train-clean-100` and its like: this one or its `LibriSpeech`."""
-    return _first((folder, folder / "LibriSpeech"), lambda place: any((place / name).is_dir() for name in LIBRISPEECH_SETS))
+    return _first((folder, folder / "LibriSpeech"), lambda place: bool(librispeech_sets(place)))
+
+
+def librispeech_sets(folder: Path) -> list[str]:
+    """Return the sets that are in a folder, sorted: those of LibriSpeech, of Mini LibriSpeech, and others that are named like them."""
+    return [place.name for place in folders(folder) if place.name.startswith(("train-", "dev-", "test-"))]
 
 
 def common_voice(folder: Path) -> Path | None:
@@ -97,6 +97,25 @@ EXPECTED: Final[Mapping[str, str]] = {
     "tuxpaint_stamps": "the stamps of `make stamps`",
 }
 """For each kind of corpus, what a person should find in its folder."""
+
+
+def language_of(place: Path, corpus: Path) -> str:
+    """Return the language that the name of a folder of recordings tells, "" for none.
+
+    A folder in that of the corpus is named after its language; the folder of the corpus may have any name, of which a known code is
+    taken for one.
+    """
+    return place.name if place != corpus or (_TAG.fullmatch(place.name) and code_of(place.name) in LANGUAGES) else ""
+
+
+def languages_told(kind: str, folder: Path) -> tuple[str, ...]:
+    """Return the codes of the languages that the layout of a folder tells, as far as their letters are known; none for most kinds."""
+    listing = {"common_voice": common_voice_languages, "voxpopuli": voxpopuli_languages}.get(kind)
+    corpus = FINDERS[kind](folder.absolute())
+    if listing is None or corpus is None:
+        return ()
+    codes = (code_of(language_of(place, corpus)) for place in listing(corpus))
+    return tuple(dict.fromkeys(code for code in codes if code in LANGUAGES))
 
 
 def folders(folder: Path) -> list[Path]:

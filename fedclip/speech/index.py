@@ -154,6 +154,17 @@ class Shelf:
         return tuple(self.index.recording(int(n)) for n in numbers)
 
 
+def expect_both(folder: Path, trained: Shelf, reserved: Shelf, what: str) -> None:
+    """Refuse a corpus where nobody is trained on or nobody is held out; `what` there is nothing of, and the remedy, end the message.
+
+    Raises:
+        CorpusError: it is one.
+    """
+    for kind, shelf in (("training", trained), ("held-out", reserved)):
+        if not len(shelf):
+            raise CorpusError(f"{folder} is left without {kind} {what}")
+
+
 def digest_of(*parts: object) -> str:
     """Return a digest of plain values."""
     return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()

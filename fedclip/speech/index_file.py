@@ -16,7 +16,7 @@ from safetensors.numpy import save
 
 from fedclip.speech.errors import CorpusError
 from fedclip.speech.index import ARRAYS, STRINGS, Index, Strings, build_index
-from fedclip.speech.listing import Entry, Skip
+from fedclip.speech.listing import Entry, Skip, key_of
 from fedclip.speech.options import ListedOptions
 from fedclip.speech.published import LAYOUTS
 
@@ -96,7 +96,7 @@ def walk(folder: Path, places: Iterable[Path]) -> Iterator[File]:
                 yield from _walk(place, "" if place == folder else os.path.relpath(place, folder) + "/")
             else:
                 status = place.stat()
-                yield str(place.relative_to(folder) if place.is_relative_to(folder) else place), status.st_size, status.st_mtime_ns
+                yield key_of(folder, place), status.st_size, status.st_mtime_ns
         except (FileNotFoundError, NotADirectoryError):
             continue
         except OSError as error:

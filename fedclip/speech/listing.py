@@ -1,6 +1,7 @@
 """What a corpus lists: entries and what is left out, and the reading of text files of lines and of tables."""
 
 import csv
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,8 +47,25 @@ TABS = Table("\t")
 
 
 def at(where: tuple[Path, int]) -> str:
-    """Return a place in a listing for people."""
-    return f"{where[0]}, line {where[1]}"
+    """Return a place in a listing for people; line 0 is the file itself."""
+    return f"{where[0]}, line {where[1]}" if where[1] else str(where[0])
+
+
+def key_of(folder: Path, place: Path) -> str:
+    """Return the path of a file as an index has it: relative to the corpus's folder where it is in there, else as it is."""
+    return str(place.relative_to(folder) if place.is_relative_to(folder) else place)
+
+
+def amount(value: str) -> float:
+    """Return a number of a listing that cannot be negative or without end, such as seconds.
+
+    Raises:
+        ValueError: it is, or it is no number.
+    """
+    number = float(value)
+    if not 0 <= number < math.inf:
+        raise ValueError(f"expected a finite number from 0, got {value}")
+    return number
 
 
 def lines(path: Path) -> Iterator[tuple[int, str]]:

@@ -2,11 +2,11 @@
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Final
 
 from fedclip.speech.errors import CorpusError
-from fedclip.speech.listing import TABS, Entry, Table, at, rows
+from fedclip.speech.listing import TABS, Entry, Table, at, key_of, rows
 from fedclip.speech.options import ManifestOptions
 
 _COMMAS: Final = Table(",", quoted=True)
@@ -48,7 +48,7 @@ def manifest_entries(folder: Path, options: ManifestOptions, sets: Sequence[str]
         else:
             reserved = fraction(row["speaker" if options.hold_out == "speakers" else "path"]) < options.held_out_fraction
             split = "test" if reserved else "train"
-        yield Entry(str(PurePath(row["path"])), row["speaker"], row["text"], split, where, row.get("language", ""))
+        yield Entry(key_of(folder, folder / row["path"]), row["speaker"], row["text"], split, where, row.get("language", ""))
 
 
 def fraction(name: str) -> float:

@@ -1,5 +1,6 @@
 """Configuration of where speech comes from: one section a kind of corpus. Imports neither PyTorch nor NumPy."""
 
+from collections.abc import Sequence
 from typing import Annotated, Literal, Self, get_args
 
 from pydantic import Field, model_validator
@@ -10,6 +11,11 @@ from fedclip.options import Options
 def _expect_ordered(name: str, low: float, high: float) -> None:
     if low > high:
         raise ValueError(f"Expected {name} as [smallest, largest], got [{low}, {high}]; swap the two.")
+
+
+def _expect_once(name: str, values: Sequence[str]) -> None:
+    if len(set(values)) < len(values):
+        raise ValueError(f"Expected each of {name} once, got {', '.join(values)}.")
 
 
 Accent = Literal["en", "en-gb-scotland", "en-gb-x-rp", "en-us"]
@@ -37,8 +43,7 @@ class EmbeddedOptions(Options):
 
     @model_validator(mode="after")
     def _check_ranges(self) -> Self:
-        if len(set(self.accents)) < len(self.accents):
-            raise ValueError(f"Expected each accent once, got {', '.join(self.accents)}.")
+        _expect_once("accents", self.accents)
         _expect_ordered("rooms", *self.rooms)
         _expect_ordered("utterances", *self.utterances)
         _expect_ordered("snr_db", *self.snr_db)
@@ -83,6 +88,8 @@ class PublishedOptions(RecordedOptions):
 
     @model_validator(mode="after")
     def _check_subsets(self) -> Self:
+        _expect_once("subsets", self.subsets)
+        _expect_once("held_out", self.held_out)
         twice = sorted({*self.subsets} & {*self.held_out})
         if twice:
             raise ValueError(f"Expected subsets and held_out to have none in common, got {', '.join(twice)} in both.")
@@ -167,6 +174,11 @@ class StampsOptions(Options):
     held_out_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15
     users_per_language: Annotated[int, Field(ge=1, le=1000)] = 10
     deal: Literal["random", "topic"] = "random"
+
+    @model_validator(mode="after")
+    def _check_languages(self) -> Self:
+        _expect_once("languages", self.languages)
+        return self
 
 
 ListedOptions = ManifestOptions | LibriSpeechOptions | CommonVoiceOptions | SpeechCommandsOptions | TedLiumOptions | VoxPopuliOptions

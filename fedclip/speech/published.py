@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from fedclip.speech.errors import CorpusError
-from fedclip.speech.find import common_voice_languages, folders, tedlium_sets, voxpopuli_languages
-from fedclip.speech.listing import TABS, Entry, Skip, Table, at, delimiter_of, lines, rows
+from fedclip.speech.find import common_voice_languages, folders, language_of, librispeech_sets, tedlium_sets, voxpopuli_languages
+from fedclip.speech.listing import TABS, Entry, Skip, Table, amount, at, delimiter_of, lines, rows
 from fedclip.speech.manifest import manifest_depends, manifest_entries
 from fedclip.speech.options import CommonVoiceOptions, LibriSpeechOptions, SpeechCommandsOptions, TedLiumOptions, VoxPopuliOptions
 
@@ -38,10 +38,6 @@ class Layout:
 # LibriSpeech (Panayotov et al., 2015)
 
 _UTTERANCE: Final = re.compile(r"(\d+)-(\d+)-\d+")
-
-
-def _librispeech_sets(folder: Path, options: LibriSpeechOptions) -> list[str]:
-    return [place.name for place in folders(folder) if re.match(r"(train|dev|test)-", place.name)]
 
 
 def _librispeech_depends(folder: Path, options: LibriSpeechOptions, sets: Sequence[str]) -> Iterator[Path]:
@@ -105,8 +101,7 @@ def _common_voice_depends(folder: Path, options: CommonVoiceOptions, sets: Seque
 
 def _common_voice_entries(folder: Path, options: CommonVoiceOptions, sets: Sequence[str], sizes: Sizes) -> Listed:
     for place in _languages(folder, options):
-        at_root = place == folder
-        prefix = "" if at_root else f"{place.name}/"
+        prefix, told = "" if place == folder else f"{place.name}/", language_of(place, folder)
         seconds = _clip_durations(place / "clip_durations.tsv") if f"{prefix}clip_durations.tsv" in sizes else {}
         for name in sets:
             if f"{prefix}{name}.tsv" not in sizes:
@@ -117,7 +112,7 @@ def _common_voice_entries(folder: Path, options: CommonVoiceOptions, sets: Seque
                 clip = row["path"] if row["path"].endswith((".mp3", ".wav", ".ogg", ".flac")) else f"{row['path']}.mp3"
                 if not row["path"]:
                     raise CorpusError(f"{listing}, line {number}: the path is empty; fill it in or leave the line out.")
-                language = row.get("locale") or place.name
+                language = row.get("locale") or told
                 path = f"{prefix}clips/{clip}"
                 yield Entry(path, row["client_id"], row["sentence"], name, (listing, number), language, seconds=seconds.get(clip))
 
@@ -128,9 +123,9 @@ def _clip_durations(path: Path) -> dict[str, float]:
     for number, row in rows(path, TABS, ("clip",)):
         value = next((value for key, value in row.items() if key.startswith("duration")), "")
         try:
-            found[row["clip"]] = float(value) / 1000
+            found[row["clip"]] = amount(value) / 1000
         except ValueError:
-            raise CorpusError(f"{path}, line {number}: expected milliseconds, got {value!r}.") from None
+            raise CorpusError(f"{path}, line {number}: expected milliseconds from 0, got {value!r}.") from None
     return found
 
 
@@ -203,12 +198,14 @@ def _segment(line: str, name: str, audio: str, where: tuple[Path, int]) -> Entry
     """
     parts = line.split(maxsplit=5)
     try:
-        start, end = float(parts[3]), float(parts[4])
+        start, end = amount(parts[3]), amount(parts[4])
     except (IndexError, ValueError):
-        raise CorpusError(f"{at(where)}: expected TALK CHANNEL SPEAKER START END <LABELS> TEXT, got {line[:60]!r}.") from None
+        raise CorpusError(
+            f"{at(where)}: expected TALK CHANNEL SPEAKER START END <LABELS> TEXT with seconds from 0, got {line[:60]!r}."
+        ) from None
     if _UNSCORED in line or parts[2] == "inter_segment_gap":
         return Skip("segment that is not scored", at(where))
-    if not 0 <= start < end:
+    if not start < end:
         return Skip("segment that ends before it begins", at(where))
     # The transcripts set endings apart: "it 's".
     text = " ".join(_MARKUP.sub(" ", parts[5]).split()).replace(" '", "'") if len(parts) > 5 else ""
@@ -231,7 +228,7 @@ def _voxpopuli_depends(folder: Path, options: VoxPopuliOptions, sets: Sequence[s
 
 def _voxpopuli_entries(folder: Path, options: VoxPopuliOptions, sets: Sequence[str], sizes: Sizes) -> Listed:
     for place in _languages(folder, options):
-        prefix = "" if place == folder else f"{place.name}/"
+        prefix, told = "" if place == folder else f"{place.name}/", language_of(place, folder)
         for name in sets:
             listing = place / f"asr_{name}.tsv"
             if f"{prefix}asr_{name}.tsv" not in sizes:
@@ -242,11 +239,11 @@ def _voxpopuli_entries(folder: Path, options: VoxPopuliOptions, sets: Sequence[s
                     raise CorpusError(f"{listing}, line {number}: expected an id that begins with a year, got {row['id']!r}.")
                 path = f"{prefix}{row['id'][:4]}/{row['id']}.ogg"
                 speaker = "" if row["speaker_id"] == "None" else row["speaker_id"]
-                yield Entry(path, speaker, row[options.text], name, (listing, number), place.name)
+                yield Entry(path, speaker, row[options.text], name, (listing, number), told)
 
 
 LAYOUTS: Final[Mapping[str, Layout]] = {
-    "librispeech": Layout(_librispeech_sets, _librispeech_depends, _librispeech_entries),
+    "librispeech": Layout(lambda folder, _: librispeech_sets(folder), _librispeech_depends, _librispeech_entries),
     "common_voice": Layout(_common_voice_sets, _common_voice_depends, _common_voice_entries),
     "speech_commands": Layout(_speech_commands_sets, _speech_commands_depends, _speech_commands_entries),
     "tedlium": Layout(lambda folder, _: tedlium_sets(folder), _tedlium_depends, _tedlium_entries),

@@ -11,7 +11,7 @@ import numpy as np
 from fedclip.speech.corpus import Utterance
 from fedclip.speech.errors import CorpusError
 from fedclip.speech.find import EXPECTED, FINDERS
-from fedclip.speech.index import Index, Shelf, Skips, digest_of
+from fedclip.speech.index import Index, Shelf, Skips, digest_of, expect_both
 from fedclip.speech.index_file import Watch, open_index
 from fedclip.speech.manifest import fraction
 from fedclip.speech.options import ListedOptions, ManifestOptions
@@ -57,12 +57,9 @@ class RecordedCorpus:
         train, held_out = _chosen_sets(options, place)
         index = open_index(options, place, train, held_out, cache=cache, content=content, watch=watch)
         trained, reserved, shared = _dealt(options, index, train, held_out)
-        for kind, shelf in (("training", trained), ("held-out", reserved)):
-            if not len(shelf):
-                raise CorpusError(
-                    f"{place} is left without {kind} recordings{_causes(index.skipped)}; add recordings, or choose another part of them "
-                    f"({', '.join(sorted({'hold_out', 'subsets', 'held_out', 'speakers'} & {*type(options).model_fields}))})."
-                )
+        keys = ", ".join(sorted({"hold_out", "subsets", "held_out", "speakers"} & {*type(options).model_fields}))
+        remedy = f"add recordings, or choose another part of them ({keys})."
+        expect_both(place, trained, reserved, f"recordings{_causes(index.skipped)}; {remedy}")
         return cls(options, trained, reserved, index.skipped | shared)
 
     @cached_property
@@ -75,6 +72,13 @@ class RecordedCorpus:
     def content(self) -> str:
         """A digest of the index, by which a worker finds it."""
         return self.trained.index.content
+
+    @property
+    def languages(self) -> tuple[str, ...]:
+        """The languages that utterances of its speakers are told to be in, as they are told, sorted."""
+        index = self.trained.index
+        heard = np.unique(np.concatenate([index.language[shelf.chosen] for shelf in (self.trained, self.reserved)]))
+        return tuple(name for name in (index.languages[int(n)] for n in heard) if name)
 
     @property
     def cacheable(self) -> bool:

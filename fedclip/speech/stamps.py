@@ -13,9 +13,10 @@ from fedclip.asr.text import Alphabet
 from fedclip.speech.corpus import Utterance
 from fedclip.speech.errors import CorpusError
 from fedclip.speech.find import tuxpaint_stamps
-from fedclip.speech.index import Shelf, build_index, digest_of
+from fedclip.speech.index import Shelf, build_index, digest_of, expect_both
 from fedclip.speech.index_file import stamp_of, walk
 from fedclip.speech.listing import Entry
+from fedclip.speech.manifest import fraction
 from fedclip.speech.options import StampsOptions
 from fedclip.speech.recordings import FORMAT, Recording, expect_folder, seconds_a_byte, utterances
 
@@ -44,7 +45,7 @@ class StampsCorpus:
         they were spoken), said twice, or too short for their text.
 
         Raises:
-            CorpusError: no such folder, no such recordings, or a text that is not UTF-8.
+            CorpusError: no such folder, no such recordings, fewer phrases than users, or a text that is not UTF-8.
         """
         stamps = tuxpaint_stamps(expect_folder(folder)) or folder
         files = list(walk(stamps, [stamps]))
@@ -58,6 +59,11 @@ class StampsCorpus:
             reserved = {p for p in phrases if _fraction("held out", p) < options.held_out_fraction}
             entries += [_entry(stamps, p, language, "test") for p in phrases if p in reserved]
             rest = [p for p in phrases if p not in reserved]
+            if len(rest) < options.users_per_language:
+                raise CorpusError(
+                    f"users_per_language: expected at most {len(rest)}, the phrases of '{language}' in {stamps} that are trained on, got "
+                    f"{options.users_per_language}; lower it or held_out_fraction."
+                )
             if options.deal == "random":
                 rest.sort(key=lambda p: _fraction("deal", p))
             for user, share in enumerate(np.array_split(np.arange(len(rest)), options.users_per_language)):
@@ -65,9 +71,7 @@ class StampsCorpus:
         sizes = {path: size for path, size, _ in files}
         index = build_index(stamps, entries, sizes, held_out=("test",), strict=True, stamp=stamp_of(files))
         trained, reserved_shelf = (Shelf(index, np.flatnonzero(index.of_sets([name]))) for name in ("train", "test"))
-        for kind, shelf in (("training", trained), ("held-out", reserved_shelf)):
-            if not len(shelf):
-                raise CorpusError(f"{stamps} is left without {kind} phrases; change held_out_fraction.")
+        expect_both(stamps, trained, reserved_shelf, "phrases; change held_out_fraction.")
         return cls(options, trained, reserved_shelf)
 
     @property
@@ -155,5 +159,4 @@ def _text(path: Path, language: str) -> str:
 
 def _fraction(purpose: str, recording: Recording) -> float:
     """Return a number in [0, 1) that depends on the purpose, the language and the text alone."""
-    digest = hashlib.blake2b(f"{purpose}/{recording.language}/{recording.text}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") / 2**64
+    return fraction(f"{purpose}/{recording.language}/{recording.text}")

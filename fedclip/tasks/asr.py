@@ -1,6 +1,7 @@
 """Speech recognition as a task: speakers are users, the loss is CTC over characters, the metrics are WER and CER."""
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +17,7 @@ from fedclip.asr.cache import Recording, open_cache
 from fedclip.asr.decoding import open_decoder
 from fedclip.asr.features import spec_augment
 from fedclip.asr.inputs import open_inputs
-from fedclip.asr.languages import code_of
+from fedclip.asr.languages import LANGUAGES, code_of
 from fedclip.asr.metrics import bootstrap_interval, count_errors_by_group, error_rate, rates_by_group, rates_over_speakers
 from fedclip.asr.model import ctc_losses
 from fedclip.asr.models import make_model, make_skeleton, skeleton_of
@@ -24,9 +25,12 @@ from fedclip.asr.options import AsrOptions
 from fedclip.asr.text import Alphabet, frames_needed
 from fedclip.speech.build import build_corpus
 from fedclip.speech.corpus import SAMPLE_RATE, Corpus, Utterance
+from fedclip.speech.errors import CorpusError
 
 if TYPE_CHECKING:
     from fedclip.speech.index_file import Watch
+
+log = logging.getLogger(__name__)
 
 EVALUATION_BATCH: Final = 16
 """Utterances a batch in evaluation. It alters no result: padding doesn't reach an utterance."""
@@ -130,6 +134,7 @@ class AsrTask:
         self._inputs = open_inputs(options)
         self._decode = open_decoder(options.decoder, self._alphabet)
         self._cache = open_cache(options.cache_dir, options.cache_mb)
+        self._fault_named = False
 
     @property
     def users(self) -> int:
@@ -212,9 +217,13 @@ class AsrTask:
         """Return the error counts of a held-out speaker, the sum of its losses, and what they are over.
 
         The errors are counted for each language that the corpus names, too.
-        What no model could spell still counts as errors; only over-long and unreadable audio is left out, and counted.
+        What no model could spell still counts as errors; only over-long and unreadable audio is left out, and counted;
+        the first unreadable recording is logged.
         """
         examples, faults = self._examples("held_out", unit, lambda: self._corpus.held_out(unit), keep=True)
+        if faults and not self._fault_named:
+            log.warning("left out of the evaluation: %s", faults[0])
+            self._fault_named = True
         heard = sorted((e for e in examples if len(e.features) > 0), key=lambda e: len(e.features))
         hypotheses: list[str] = []
         loss_sum = 0.0
@@ -313,11 +322,32 @@ def build_asr(
     """Return the task that a configuration describes: its corpus of so many speakers, its model with this seed.
 
     `index` and `watch`: see `fedclip.speech.build.build_corpus`.
+
+    Raises:
+        CorpusError: see there; or utterances are told to be in a language that the model does not spell.
+        ConfigError: see `AsrTask`.
     """
     corpus = build_corpus(
         options.corpus, population=population, data_dir=data_dir, seed=seed, cache_dir=options.cache_dir, index=index, watch=watch
     )
+    _check_languages(getattr(corpus, "languages", ()), options)
     return AsrTask(options, corpus, seed)
+
+
+def _check_languages(told: Sequence[str], options: AsrOptions) -> None:
+    """Refuse languages of the data that the model does not spell, before a user or a held-out speaker fails of them."""
+    foreign = [tag for tag in told if code_of(tag) not in options.languages]
+    if not foreign:
+        return
+    known = sorted({code_of(tag) for tag in foreign} & {*LANGUAGES})
+    unknown = [tag for tag in foreign if code_of(tag) not in LANGUAGES]
+    how = ", by task.corpus.languages" if "languages" in type(options.corpus).model_fields else ""
+    remedies = [f"add {', '.join(known)} to task.languages"] if known else []
+    remedies += [f"leave out {', '.join(unknown)}, whose letters aren't known{how}"] if unknown else []
+    raise CorpusError(
+        f"task.languages: the data have utterances in {', '.join(foreign)}, and the model spells {', '.join(options.languages)} only; "
+        f"{', and '.join(remedies)}."
+    )
 
 
 def _device(model: nn.Module) -> torch.device:

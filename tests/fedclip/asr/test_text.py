@@ -126,6 +126,14 @@ def test_a_text_keeps_the_letters_of_its_own_language(language, raw, expected):
     assert ALL.normalise(raw, language) == expected.replace(" - ", " ")
 
 
+def test_what_one_language_folds_is_left_to_the_others_where_none_is_told():
+    both = Alphabet(("en", "tr", "ro"))
+    assert both.normalise("I LIKE IT") == both.normalise("I LIKE IT", "en") == "i like it"
+    assert both.normalise("\u015e\u0219") == "\u015f\u0219"  # a Turkish letter and a Romanian one
+    assert both.normalise("IS\u0130 \u015e", "tr") == Alphabet(("tr",)).normalise("IS\u0130 \u015e") == "\u0131si \u015f"
+    assert both.normalise("\u015e", "ro") == Alphabet(("ro",)).normalise("\u015e") == "\u0219"
+
+
 def test_a_language_that_the_model_does_not_spell_is_refused():
     with pytest.raises(ConfigError, match=r"in 'de'.*spells en, fr only; add 'de'"):
         Alphabet(("en", "fr")).normalise("gut", "de")

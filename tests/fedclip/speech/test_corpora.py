@@ -12,12 +12,14 @@ from pydantic import TypeAdapter
 from typer.testing import CliRunner
 
 from experiments.cli import app
-from experiments.prepare import corpus_kind
+from experiments.prepare import corpus_kind, read_experiment
+from fedclip.asr.options import AsrOptions
 from fedclip.speech.build import build_corpus
 from fedclip.speech.errors import CorpusError
 from fedclip.speech.options import LibriSpeechOptions, ListedOptions
 from fedclip.speech.recorded import RecordedCorpus
 from fedclip.speech.recordings import read, utterances
+from fedclip.tasks.asr import build_asr
 from tests.corpora_folders import EACH, FOLDERS, TRAIN, tone, write
 
 SECTION: TypeAdapter[ListedOptions] = TypeAdapter(ListedOptions)
@@ -109,6 +111,34 @@ def test_sets_are_chosen_by_name(folders: dict[str, Path], tmp_path: Path) -> No
     assert test.reserved.names == ("80", "81")
 
 
+def test_mini_librispeech_is_known_by_its_own_sets(tmp_path: Path) -> None:
+    folder = FOLDERS["librispeech"](tmp_path / "data")
+    for name, mini in (("train-clean-100", "train-clean-5"), ("dev-clean", "dev-clean-2")):
+        (folder / name).rename(folder / mini)
+    for name in ("train-clean-360", "train-other-500", "test-clean"):
+        shutil.rmtree(folder / name)
+    speakers = folder / "SPEAKERS.TXT"
+    speakers.write_text(speakers.read_text().replace("train-clean-100", "train-clean-5").replace("dev-clean", "dev-clean-2"))
+    (tmp_path / "unpacked").mkdir()
+    folder = folder.rename(tmp_path / "unpacked" / "LibriSpeech")
+    assert corpus_kind(folder) == corpus_kind(folder.parent) == "librispeech"
+    corpus = open_corpus(folder.parent, "librispeech", tmp_path / "cache")
+    assert (corpus.train_speakers, corpus.reserved.names) == (TRAIN, ("50", "51"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "values"),
+    [
+        ("librispeech", "subsets", ["train-clean-100", "train-clean-100"]),
+        ("tedlium", "held_out", ["dev", "dev"]),
+        ("tuxpaint_stamps", "languages", ["fr", "ru", "fr"]),
+    ],
+)
+def test_a_set_or_a_language_that_is_named_twice_is_refused(kind: str, key: str, values: list[str]) -> None:
+    with pytest.raises(ValueError, match=f"Expected each of {key} once, got {', '.join(values)}"):
+        AsrOptions.model_validate({"languages": ["fr", "ru"], "corpus": {"kind": kind, key: values}})
+
+
 def test_without_sets_a_share_of_the_speakers_is_held_out(tmp_path: Path) -> None:
     folder = FOLDERS["librispeech"](tmp_path / "data")
     for name in ("dev-clean", "test-clean"):
@@ -143,6 +173,72 @@ def test_a_person_is_one_user_whatever_the_talk_or_the_language(tmp_path: Path) 
     assert {u.language for u in both.train(0, np.random.default_rng(0))} == {"en", "fr"}
     assert {u.language for u in french.train(0, np.random.default_rng(0))} == {"fr"}
     assert french.train_seconds(0) == pytest.approx(50 + (EACH - 1) * 0.6, rel=0.1)
+
+
+# Languages
+
+
+def renamed(folder: Path, kind: str, name: str) -> Path:
+    """Write a corpus whose one folder of a language has another name and no column that tells the language; return that folder."""
+    place = FOLDERS[kind](folder) / ("en" if kind == "common_voice" else "transcribed_data/en")
+    for listing in place.glob("*.tsv"):
+        listing.write_text(listing.read_text().replace("locale", "x"))
+    return place.rename(place.with_name(name))
+
+
+@pytest.mark.parametrize("kind", ["common_voice", "voxpopuli"])
+@pytest.mark.parametrize(
+    ("name", "within", "told", "spoken"),
+    [
+        ("fr", False, "fr", ("fr",)),
+        ("fr", True, "fr", ("fr",)),
+        ("sv-SE", True, "sv-SE", ("sv",)),
+        ("my-recordings", True, "", ("en",)),
+        ("it-recordings", True, "", ("en",)),
+        ("rm-sursilv", False, "rm-sursilv", ("en",)),
+    ],
+)
+def test_the_folder_of_a_language_tells_it(tmp_path: Path, kind: str, name: str, within: bool, told: str, spoken: tuple[str, ...]) -> None:
+    folder = renamed(tmp_path / "data", kind, name)
+    folder = folder if within else tmp_path / "data"
+    corpus = open_corpus(folder, kind, tmp_path / "cache")
+    assert corpus.languages == ((told,) if told else ())
+    assert {u.language for u in (*corpus.train(0, np.random.default_rng(0)), *corpus.held_out(0))} == {told}
+    task = read_experiment(EXPERIMENT, [], folder).task
+    assert isinstance(task, AsrOptions)
+    assert task.languages == spoken
+    both = read_experiment(EXPERIMENT, ['task.languages=["fr", "sv", "en"]'], folder).task
+    assert isinstance(both, AsrOptions)
+    assert both.languages == ("fr", "sv", "en")  # what is spoken is among them
+
+
+def test_a_held_out_recording_that_cannot_be_read_is_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = FOLDERS["librispeech"](tmp_path / "data")
+    for name in ("50/7/50-7-0001", "51/7/51-7-0000"):
+        (folder / "dev-clean" / f"{name}.flac").write_bytes(b"no sound")
+    sizes = {"dim": 16, "convolutions": 1, "mlp_dim": 32}
+    section = {"corpus": {"kind": "librispeech"}, "features": {"n_mels": 20}, "model": sizes, "cache_dir": tmp_path / "cache"}
+    task = build_asr(AsrOptions.model_validate(section), population=None, data_dir=folder, seed=1)
+    counts = [task.evaluate(task.make_model().eval(), unit) for unit in (0, 1, 0)]
+    assert [c["left_out"] for c in counts] == [1, 1, 1]
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert "50-7-0001.flac is no readable recording" in said
+
+
+@pytest.mark.parametrize("name", ["train", "dev"])
+def test_a_language_that_the_model_does_not_spell_is_refused_before_a_run(tmp_path: Path, name: str) -> None:
+    folder = FOLDERS["common_voice"](tmp_path / "release")
+    listing = folder / "en" / f"{name}.tsv"
+    text = listing.read_text()
+    listing.write_text(text.replace("\ten\t", "\tfr-CA\t", 1).replace("\ten\t", "\trm-sursilv\t", 1))
+    options = AsrOptions.model_validate({"corpus": {"kind": "common_voice"}, "cache_dir": tmp_path / "cache"})
+    with pytest.raises(CorpusError, match=r"in fr-CA, rm-sursilv.*add fr to task\.languages, and leave out rm-sursilv.*corpus\.languages"):
+        build_asr(options, population=None, data_dir=folder, seed=1)
+    listing.write_text(text.replace("\ten\t", "\tfr-CA\t", 1))
+    with pytest.raises(CorpusError, match=r"in fr-CA, and the model spells en only; add fr to task\.languages\.$"):
+        build_asr(options, population=None, data_dir=folder, seed=1)
+    spelt = options.model_copy(update={"languages": ("en", "fr")})
+    assert build_asr(spelt, population=None, data_dir=folder, seed=1).users == TRAIN
 
 
 # The index

@@ -20,6 +20,7 @@ NOBODY = "nobody is named as the speaker"
 FLAC, TRANS = f"{LIBRI}/2-7-0001.flac", f"{LIBRI}/2-7.trans.txt"
 CLIP = "en/clips/common_voice_en_021.mp3"
 SPH, STM = f"{TED}/sph/Speaker2_2010X.sph", f"{TED}/stm/Speaker2_2010X.stm"
+DURATIONS, MILLISECONDS = "en/clip_durations.tsv", r"clip_durations\.tsv, line 3: expected milliseconds from 0"
 Damage = Callable[[Path], None]
 
 
@@ -101,6 +102,10 @@ def long_tone(path: Path) -> None:
     write(path, tone(1, 1, seconds=2.5))
 
 
+def durations(value: str) -> Damage:
+    return lambda path: path.write_text(f"clip\tduration[ms]\na.mp3\t600\nb.mp3\t{value}\n") and None
+
+
 def eight_channels(path: Path) -> None:
     write(path, tone(2, 1, channels=8))
 
@@ -146,6 +151,12 @@ CASES = {
     ),
     "line of speakers": Case("librispeech", "SPEAKERS.TXT", replaced("(?m)^3 .*", "three"), error=r"SPEAKERS\.TXT, line 5: expected ID"),
     "segment malformed": Case("tedlium", STM, replaced("0.70", "later"), error=r"Speaker2_2010X\.stm, line 1: expected TALK"),
+    "segment not a number": Case("tedlium", STM, replaced("0.70", "nan"), error=r"Speaker2_2010X\.stm, line 1: .*seconds from 0"),
+    "segment endless": Case("tedlium", STM, replaced("2.70", "inf"), error=r"Speaker2_2010X\.stm, line 3: .*seconds from 0"),
+    "segment negative": Case("tedlium", STM, replaced("0.10", "-0.10"), error=r"Speaker2_2010X\.stm, line 1: .*seconds from 0"),
+    "duration no number": Case("common_voice", DURATIONS, durations("nan"), error=f"{MILLISECONDS}, got 'nan'"),
+    "duration endless": Case("common_voice", DURATIONS, durations("inf"), error=f"{MILLISECONDS}, got 'inf'"),
+    "duration negative": Case("common_voice", DURATIONS, durations("-1"), error=f"{MILLISECONDS}, got '-1'"),
     "set unknown": Case("librispeech", TRANS, nothing, error="x: not in .*there are: dev-clean", options={"subsets": ("x",)}),
     "held-out set unknown": Case("tedlium", STM, nothing, error="held_out: eval: not in", options={"held_out": ("eval",)}),
     "language unknown": Case("common_voice", CLIP, nothing, error="languages: xx.*there are: en", options={"languages": ("xx",)}),

@@ -169,6 +169,17 @@ def test_a_manifest_with_a_split_is_read_as_it_says(tmp_path: Path, name: str) -
     assert corpus.train_seconds(0) == pytest.approx(0.3)
 
 
+def test_a_manifest_may_have_absolute_paths(tmp_path: Path) -> None:
+    folder, outside = tmp_path / "data", tmp_path / "elsewhere" / "3.wav"
+    rows = [*good(path=str(folder / "1.wav")), {"speaker": "a", "path": str(outside), "text": "three", "split": "train"}]
+    corpus = open_manifest(write_manifest(folder, rows))
+    assert listed(corpus.trained) == {folder / "1.wav", outside}
+    assert all(u.text in ("one", "three") and len(u.audio) for u in corpus.train(0, np.random.default_rng(0)))
+    rows[1]["path"] = "1.wav"
+    with pytest.raises(CorpusError, match=r"line 3: 1\.wav is already listed at .*line 2"):
+        open_manifest(write_manifest(folder, rows))
+
+
 def test_utterances_are_held_out_by_name_alone(tmp_path: Path) -> None:
     folder = write_manifest(tmp_path, many_rows(speakers=20, each=20))
     corpus = open_manifest(folder, ManifestOptions(hold_out="utterances", held_out_fraction=0.2))
@@ -284,6 +295,13 @@ def test_a_missing_folder_is_explained(tmp_path: Path) -> None:
 
 
 # Spoken digits
+
+
+def test_a_recording_that_no_listing_has_is_named_without_a_line(tmp_path: Path) -> None:
+    (tmp_path / "recordings").mkdir()
+    (tmp_path / "recordings" / "0_ann_0.wav").touch()
+    with pytest.raises(CorpusError, match=r"^\S*0_ann_0\.wav: \S*0_ann_0\.wav: the file is empty"):
+        SpokenDigitsCorpus.open(SpokenDigitsOptions(), tmp_path, seed=1)
 
 
 def test_digits_are_joined_by_speaker_and_differ_from_round_to_round(digits: Path) -> None:

@@ -85,6 +85,20 @@ def texts_of(stamps: Path, language: str) -> list[str]:
     return [line.partition("=")[2] for p in paths for line in p.read_text().splitlines() if line.startswith(f"{language}.")]
 
 
+def test_users_who_would_have_no_phrase_are_refused(stamps: Path) -> None:
+    phrases = sum(len(user) for user in said(StampsCorpus.open(FRENCH, stamps))[0])
+    everyone = FRENCH.model_copy(update={"users_per_language": phrases})
+    assert StampsCorpus.open(everyone, stamps).train_speakers == phrases
+    with pytest.raises(CorpusError, match=rf"users_per_language: expected at most {phrases}, .*'fr'.*got {phrases + 1}; lower it"):
+        StampsCorpus.open(everyone.model_copy(update={"users_per_language": phrases + 1}), stamps)
+
+
+def test_who_is_held_out_stays_from_version_to_version(stamps: Path) -> None:
+    train, held_out = said(StampsCorpus.open(FRENCH, stamps))
+    assert [u.text for u in held_out[0]][:4] == ["ac j", "ba j", "dc j", "df j"]
+    assert [u.text for u in train[0]][:4] == ["ab j", "aé j", "ai j", "bé j"]
+
+
 def test_what_is_held_out_and_dealt_does_not_depend_on_what_else_there_is(stamps: Path, tmp_path: Path) -> None:
     whole = {u.text for unit in said(StampsCorpus.open(FRENCH, stamps))[1] for u in unit}
     for path in stamps.rglob("n[01]*"):
