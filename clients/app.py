@@ -23,7 +23,7 @@ def resident(task: str, device: str) -> Site:
     if device == "cpu":
         settle_process()
     built = TaskRecipe.from_json(task).build()
-    return Site(built, Replica(built.make_model(), device))
+    return Site(built, Replica.of(built, device))
 
 
 @app.train()

@@ -104,7 +104,7 @@ def updates_reply(contributions: Iterable[tuple[int, Contribution]]) -> RecordDi
     arrays, said = ArrayRecord(), []
     for block, contribution in contributions:
         fields = asdict(contribution)
-        payload = fields.pop("payload")
+        payload, _ = fields.pop("payload"), fields.pop("update")
         said.append({"block": block, **fields, "clip_bits": contribution.clip_bits.hex()})
         if payload is not None:
             arrays[str(contribution.user)] = _bytes_array(payload)

@@ -34,14 +34,14 @@ class Central:
 
     def __init__(self, prepared: Prepared) -> None:
         self._prepared, experiment = prepared, prepared.experiment
-        self._site = Site(prepared.task, Replica(prepared.task.make_model(), experiment.run.device))
+        self._site = Site(prepared.task, Replica.of(prepared.task, experiment.run.device))
         self._optimizer = _optimizer(self._site.replica, experiment.central)
         self._rounds = 0
 
     @property
     def state(self) -> ServerState:
         """The parameters after the last round, and the optimizer's state."""
-        return ServerState(self._site.replica.params.detach().cpu().clone(), self._optimizer.state, self._rounds)
+        return ServerState(self._site.replica.values().cpu(), self._optimizer.state, self._rounds)
 
     @property
     def layout(self) -> Layout:
@@ -52,7 +52,7 @@ class Central:
         """Train on one cohort, and return what was measured of it; a user whose data or training raises is left out, and counted."""
         prepared, replica = self._prepared, self._site.replica
         streams = Streams(secret_of(prepared), run_digest(prepared.experiment), self._rounds + 1)
-        replica.load(replica.params)  # as after a restart: batch statistics are not in a checkpoint
+        replica.restart()  # as after a restart: batch statistics are not in a checkpoint
         replica.model.train()
         tallies, errors = list[Tally](), list[str]()
         for user in prepared.method.sampler.draw(streams.generator("cohort")):
@@ -81,7 +81,7 @@ class Central:
     def evaluate_units(self) -> list[Counts]:
         """Return what each held-out unit adds to the metrics of the current model, in their order."""
         units = range(self._prepared.task.held_out_units)
-        return [c for _, c in evaluate_units(self._site, self._site.replica.params.clone(), units)]
+        return [c for _, c in evaluate_units(self._site, self._site.replica.values(), units)]
 
     def _user(self, user: int, streams: Streams) -> Tally:
         replica, task, local = self._site.replica, self._site.task, self._prepared.method.local

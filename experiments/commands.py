@@ -85,7 +85,7 @@ def evaluate_command(model: Path, overrides: list[str], data_dir: Path | None, a
     experiment = on_folder(experiment, data_dir, all_users=True) if data_dir is not None else experiment
     check_alphabet(model, saved, experiment.task)
     task = prepare(experiment).task
-    site = Site(task, Replica(task.make_model(), experiment.run.device))
+    site = Site(task, Replica.of(task, experiment.run.device))
     counts = [c for _, c in evaluate_units(site, flatten(tensors, site.replica.layout), range(task.held_out_units))]
     metrics, speakers, note = task.summarise(counts, 0), speaker_rows(counts), getattr(task, "note", "")
     if as_json:

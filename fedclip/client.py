@@ -46,7 +46,8 @@ class Site:
 class Contribution:
     """What one user gives: the encoded update, its weight, its packed clip bits and what was measured.
 
-    A user that failed gives no payload. `error` says why, or what of the data of a user could not be read.
+    A user that failed gives no payload. `error` says why, or what of the data of a user could not be read. Where the sum is formed in
+    the process that trained, `update` is what would arrive, and there is no payload.
     """
 
     user: int
@@ -55,6 +56,7 @@ class Contribution:
     tally: Tally
     error: str | None = None
     clip_bits: bytes = b""
+    update: Update | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,13 +80,14 @@ class Client:
         site: where users train.
         spec: what the server said.
         states: where the states of users are; None where the chain has none.
+        encodes: whether updates travel as payloads. Otherwise each is to be taken before the next user is trained, which overwrites it.
 
     Raises:
         ValueError: the chain has a state, and there is no place for it.
     """
 
-    def __init__(self, site: Site, spec: RoundSpec, states: UserStates | None = None) -> None:
-        self.site, self.layout = site, site.replica.layout
+    def __init__(self, site: Site, spec: RoundSpec, states: UserStates | None = None, *, encodes: bool = True) -> None:
+        self.site, self.layout, self._encodes = site, site.replica.layout, encodes
         self.spec = spec.without_vectors()  # decoded below, and not needed again
         self.local: LocalSGD = build_stage(spec.local)
         self.chain = Chain(tuple(build_stage(s) for s in spec.client))
@@ -149,13 +152,14 @@ class Client:
         state, own = self._remembered(user), None
         if self.control is not None:
             state, own = state[0], state[1].to(self.control.device)
-        correction = None if self.control is None or own is None else self.control - own
+        correction = None if self.control is None or own is None else replica.arranged(self.control - own)
         replica.load(self.params)
         with streams.torch_seeded("training", user, str(replica.params.device)):
             loss = self.local.train(replica, self.site.task, examples, streams.generator("batches", user), correction)
         trained = time.perf_counter()
         # In the place of the parameters, which the next user's training sets anew: of a large model a vector is gigabytes.
-        update, finite = finite_or_zero(Dense(torch.sub(self.params, replica.params, out=replica.params)))
+        trained_params = replica.taken()
+        update, finite = finite_or_zero(Dense(torch.sub(self.params, trained_params, out=trained_params)))
         weight = user_weight(len(examples), self.spec.weighting, self.spec.max_examples)
         if self.spec.private:
             update = scale(update, weight)
@@ -163,7 +167,7 @@ class Client:
         step = self.chain.apply(update, state, ctx)
         if self.chain.guard is None:
             self.spec.grid.check(step.update, weight)  # what the sum would refuse must not count as sent
-        payload = self.wire.encode(step.update)
+        payload, arriving, size = self._sent(step.update)
         if self.states is not None:
             after = step.state
             if self.control is not None and own is not None:
@@ -172,12 +176,20 @@ class Client:
             after = halved(after) if self.spec.half_states else apart(after, replica.params)
             self.states.stage(user, streams.round, streams.attempt, after)
         bits = pack_bits(step.clip_bits) if self.spec.clip_bits else b""
-        tally: Tally = {"users": 1.0, "uplink_bytes": float(len(payload) + len(bits)), "not_finite": float(not finite), **left_out}
+        tally: Tally = {"users": 1.0, "uplink_bytes": float(size + len(bits)), "not_finite": float(not finite), **left_out}
         if math.isfinite(loss):
             tally |= {"train_loss": loss, "losses": 1.0}
         tally |= {f"chain.{k}": list(v) if isinstance(v, tuple) else v for k, v in step.measurements.items()}
         tally |= {"train_seconds": trained - start, "chain_seconds": time.perf_counter() - trained}
-        return Contribution(user, payload, 1.0 if self.spec.private else weight, tally, _said_of(examples), bits)
+        return Contribution(user, payload, 1.0 if self.spec.private else weight, tally, _said_of(examples), bits, arriving)
+
+    def _sent(self, update: Update) -> tuple[bytes | None, Update | None, int]:
+        """Return the payload of an update, or what would arrive of it, and the bytes that it takes."""
+        if self._encodes:
+            payload = self.wire.encode(update)
+            return payload, None, len(payload)
+        arriving, size = self.wire.carried(update)
+        return None, arriving, size
 
     def _remembered(self, user: int) -> State:
         """Return what the chain keeps of a user: the fresh state where it was never seen."""
@@ -206,28 +218,29 @@ class Collector:
         """Add one user's contribution to the sum; what cannot be taken counts as a failed user and adds nothing."""
         start = time.perf_counter()
         tally, error = contribution.tally, contribution.error
-        if contribution.payload is not None:
+        if contribution.payload is not None or contribution.update is not None:
             try:
                 # Under noise a weight that a client states would multiply what the guard has bounded: it went in before the clip.
                 weight = 1.0 if self.spec.private else contribution.weight
                 bits = unpack_bits(contribution.clip_bits, self.spec.clip_bits)
-                update, finite = self._open(contribution.payload)
+                update, finite = self._open(contribution)
                 self.fold.add(update, weight)
                 self.clip_bits += bits
                 tally = tally | {"weight": weight}
                 if not finite:
                     tally["not_finite"] = 1.0
             except (WireError, ArithmeticError) as fault:
-                sent = float(len(contribution.payload) + len(contribution.clip_bits))
-                tally = {"failed_users": 1.0, "uplink_bytes": sent}
+                sent = float(len(contribution.payload or b"") + len(contribution.clip_bits))
+                tally = {"failed_users": 1.0, "uplink_bytes": sent or tally["uplink_bytes"]}
                 error = f"user {contribution.user}: {type(fault).__name__}: {fault}"
         if error is not None:
             self.errors.append(error)
         self.tallies[block] = add_up([self.tallies.get(block, {}), tally, {"fold_seconds": time.perf_counter() - start}])
 
-    def _open(self, payload: bytes) -> tuple[Update, bool]:
+    def _open(self, contribution: Contribution) -> tuple[Update, bool]:
         """Decode and guard."""
-        return self.guarded(self.wire.decode(payload))
+        arrived = contribution.update
+        return self.guarded(self.wire.decode(contribution.payload or b"") if arrived is None else arrived)
 
     def guarded(self, update: Update) -> tuple[Update, bool]:
         """Return an update of this layout finite (and whether it was), and within the bound of the chain."""
@@ -244,17 +257,11 @@ class Collector:
 
 def train_blocks(site: Site, spec: RoundSpec, blocks: Iterable[Block], states: UserStates | None = None) -> Partial:
     """Train the users of some blocks one after another and return their exact sum; what the chain keeps of users is durable by then."""
-    client = Client(site, spec, states)
+    client = Client(site, spec, states, encodes=False)
     del spec  # with the model as it was sent
-    collector = Collector(client.spec, site.replica.layout)
-    taking: Future[None] | None = None
-    with ThreadPoolExecutor(1, "fedclip-folder", settle_thread) as folder:  # adds one user's update while the next one trains
-        for block, contribution in client.contributions(blocks):
-            if taking is not None:
-                taking.result()
-            taking = folder.submit(collector.take, block, contribution)
-    if taking is not None:
-        taking.result()
+    collector = Collector(client.spec, site.replica.layout, str(site.replica.params.device))
+    for block, contribution in client.contributions(blocks):
+        collector.take(block, contribution)
     client.sync()
     return collector.partial()
 

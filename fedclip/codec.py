@@ -36,6 +36,11 @@ class Codec(ABC):
             WireError: the payload is not a whole, undamaged update of this layout.
         """
 
+    def carried(self, update: Update, layout: Layout) -> tuple[Update, int]:
+        """Return `decode(encode(update))` and the length of the payload, for who forms the sum in the process that trained."""
+        payload = self.encode(update, layout)
+        return self.decode(payload, layout), len(payload)
+
 
 @dataclass(frozen=True)
 class DenseCodec(Codec):
@@ -62,3 +67,7 @@ class DenseCodec(Codec):
         if any(payload[5:8]) or size != layout.size or zlib.crc32(body) != checksum:
             raise WireError(f"Expected {layout.size} undamaged values, got {size} with a wrong checksum or header; damaged on the way.")
         return Dense(torch.from_numpy(np.frombuffer(body, dtype="<f4").astype(np.float32)))
+
+    def carried(self, update: Update, layout: Layout) -> tuple[Dense, int]:
+        """Return the vector, not a copy where the update is dense, and the 20 + 4 d bytes that nobody needs to make."""
+        return Dense(to_dense(update, layout)), HEADER.size + 4 * layout.size

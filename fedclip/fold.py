@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fedclip.update import BLOCK, Dense, Update, values_of, zeros
+from fedclip.update import SPAN, Dense, Update, values_of, zeros
 
 CAPACITY_BITS = 20
 """A bounded sum has room for 2^20 users, whoever comes: the grid of a private sum must not depend on the cohort."""
@@ -94,8 +94,10 @@ class Fold:
         self._check_room(1)
         # The power of two keeps the product exact (a float32 has 24 bits, and a weight is applied first); the conversion truncates.
         if isinstance(update, Dense):
-            for total, part in zip(torch.split(self.total, BLOCK), torch.split(values, BLOCK), strict=True):  # a large one is gigabytes
-                total += self._digits(part, weight)
+            for total, part in zip(
+                torch.split(self.total, SPAN), torch.split(values, SPAN), strict=True
+            ):  # what is on the way stays in caches
+                _add(total, self._digits(part, weight))
         else:
             self.total.scatter_add_(0, update.indices, self._digits(values, weight))
         self.users += 1
@@ -124,3 +126,11 @@ class Fold:
     def _check_room(self, users: int) -> None:
         if self.users + users > self.grid.capacity:
             raise FoldOverflow(f"Expected at most {self.grid.capacity} users in a sum, got {self.users + users}; lower the cohort.")
+
+
+def _add(total: torch.Tensor, digits: torch.Tensor) -> None:
+    """Add in place; on the CPU by NumPy, whose sum of int64 numbers takes less than half of torch's time."""
+    if total.device.type == "cpu":
+        np.add(total.numpy(), digits.numpy(), out=total.numpy())
+    else:
+        total += digits

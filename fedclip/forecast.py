@@ -13,7 +13,6 @@ from fedclip.checkpoints import KEPT
 from fedclip.layout import Layout
 from fedclip.method import Method
 from fedclip.shapes import shapes_only, tensor_bytes
-from fedclip.update import LARGE
 from fedclip.user_states import Forecast
 
 
@@ -142,8 +141,8 @@ def _taking(method: Method, sizes: Sizes) -> dict[str, int]:
         "message up": sizes.upload,
         "update decoded": sizes.stored + sizes.places,
         "update guarded": sizes.stored if method.client.guard is not None else 0,
-        # Dense ones are added, and large ones measured, in blocks.
-        "update as float64": 2 * sizes.stored if sizes.places or sizes.stored < 4 * LARGE else 0,
+        # Dense ones are added and measured in blocks.
+        "update as float64": 2 * sizes.stored if sizes.places else 0,
         "update as int64": 2 * sizes.stored if sizes.places else 0,
     }
 

@@ -37,9 +37,19 @@ class Streams:
     def torch_seeded(self, purpose: Purpose, user: int | None = None, device: str = "cpu") -> Iterator[None]:
         """Seed torch's global generators inside the block and put them back after it: dropout and masking draw from there."""
         seed = int.from_bytes(self._key(purpose, user)[:8], "big") >> 1
-        with torch.random.fork_rng(devices=[torch.device(device)] if device.startswith("cuda") else []):
-            torch.random.manual_seed(seed)
+        generators = [torch.default_generator]
+        if device.startswith("cuda"):
+            index = torch.device(device).index
+            generators.append(torch.cuda.default_generators[torch.cuda.current_device() if index is None else index])
+        # Not torch.manual_seed: for every device that this process never used it keeps a call, with a traceback, for ever.
+        before = [generator.get_state() for generator in generators]
+        for generator in generators:
+            generator.manual_seed(seed)
+        try:
             yield
+        finally:
+            for generator, state in zip(generators, before, strict=True):
+                generator.set_state(state)
 
     def _key(self, purpose: Purpose, user: int | None) -> bytes:
         parts = [self.secret, self.run, str(self.round), str(self.attempt), "" if user is None else str(user), purpose]

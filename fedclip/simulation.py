@@ -47,7 +47,7 @@ class InProcess:
         states: UserStates | None = None,
     ) -> None:
         settle_process()
-        self.method, self.site = method, Site(task, Replica(task.make_model(), device))
+        self.method, self.site = method, Site(task, Replica.of(task, device))
         self.state = ServerState.initial(initial_params(task), method, self.layout)
         trim_memory()
         self._secret, self._run, self.account = secret, run, account

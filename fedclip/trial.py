@@ -124,8 +124,8 @@ def measure(method: Method, task: Task, user: int, rounds: int, secret: str, run
         TrialError: the user has no data, or its data or the task raised.
     """
     one_step = dataclasses.replace(method, local=dataclasses.replace(method.local, steps=1, epochs=None))
-    site = Site(task, Replica(task.make_model(), device))
-    layout, params = site.replica.layout, site.replica.params.cpu()  # no copy on a CPU: it is encoded before anything is trained
+    site = Site(task, Replica.of(task, device))
+    layout, params = site.replica.layout, site.replica.taken().cpu()  # no copy on a CPU: it is encoded before anything is trained
     plan = begin(one_step, ServerState(params, None, thresholds=method.thresholds(layout)), layout, secret, run)
     sent = _send(site, plan.spec, method, user, rounds)
     del site, params  # as much again as the server's part

@@ -17,7 +17,10 @@ BLOCK = 1 << 18
 """Coordinates that `blockwise` looks at in one step: what it needs on the way fits a core's caches."""
 
 LARGE = 1 << 24
-"""Coordinates from which on a vector is summed in blocks: 64 MB of float32."""
+"""Coordinates from which on memory comes before time: 64 MB of float32."""
+
+SPAN = 1 << 16
+"""Coordinates whose squares are summed in one step, as float64 numbers that a core's second cache holds."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,27 +139,34 @@ def finite_or_zero(update: Update) -> tuple[Update, bool]:
     return with_values(update, torch.zeros_like(values_of(update))), False
 
 
+def energy(values: torch.Tensor) -> float:
+    """Return the sum of the squares of float32 values, summed in float64, so that values up to 3e38 do not overflow."""
+    if values.device.type != "cpu":  # where each number that comes back is waited for
+        return float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
+    total = 0.0
+    for part in torch.split(values, SPAN):
+        exact = part.double()
+        total += float(torch.dot(exact, exact))
+    return total
+
+
 def layer_norms(update: Update, layout: Layout) -> list[float]:
-    """Return the L2 norm of each layer, summed in float64, so that float32 values up to 3e38 do not overflow."""
+    """Return the L2 norm of each layer, summed in float64."""
     if isinstance(update, Sparse) and update.values.device.type == "cpu":
         # A few operations in the place of some for each tensor, which keeps few values.
         owners = np.repeat(np.array(layout.layer_of, dtype=np.int64), layout.counts(update.indices))
-        energy = np.square(update.values.detach().numpy().astype(np.float64))
-        found: list[float] = np.sqrt(np.bincount(owners, energy, len(layout.layer_names))).tolist()
+        squared = np.square(update.values.detach().numpy().astype(np.float64))
+        found: list[float] = np.sqrt(np.bincount(owners, squared, len(layout.layer_names))).tolist()
         return found
     squares = [0.0] * len(layout.layer_names)
     for layer, piece in zip(layout.layer_of, pieces(update, layout), strict=True):
-        if piece.numel():
-            squares[layer] += float(torch.linalg.vector_norm(piece, dtype=torch.float64)) ** 2
-    return [float(s) ** 0.5 for s in squares]
+        squares[layer] += energy(piece)
+    return [s**0.5 for s in squares]
 
 
 def norm(update: Update) -> float:
     """Return the L2 norm of the whole update, summed in float64."""
-    values = values_of(update)
-    if values.numel() > LARGE:  # the float64 copy that it is summed from would be gigabytes
-        return math.hypot(*(float(torch.linalg.vector_norm(part, dtype=torch.float64)) for part in torch.split(values, BLOCK)))
-    return float(torch.linalg.vector_norm(values, dtype=torch.float64)) if values.numel() else 0.0
+    return math.sqrt(energy(values_of(update)))
 
 
 def scale(update: Update, factor: float) -> Update:

@@ -62,6 +62,13 @@ class Wire:
             return Sparse(self.support, update.vector, update.grid)
         return Sparse(self.support[update.indices], update.values, update.grid)
 
+    def carried(self, update: Update) -> tuple[Update, int]:
+        """Return what arrives of an update, and how many bytes carry it."""
+        if self.support is None:
+            return self.codec.carried(update, self.layout)
+        payload = self.encode(update)
+        return self.decode(payload), len(payload)
+
 
 def support_of(spec: RoundSpec, chain: Transform, layout: Layout) -> torch.Tensor | None:
     """Return the only coordinates that are sent in a round: as the server says, or as the chain itself knows; None: any."""

@@ -116,7 +116,7 @@ def audit_replay(
     """
     system = system or System()
     removed = min(removed, users)
-    worlds = [(Site(task, Replica(task.make_model())), StatesInMemory()) for _ in range(removed + 1)]
+    worlds = [(Site(task, Replica.of(task)), StatesInMemory()) for _ in range(removed + 1)]
     layout = worlds[0][0].replica.layout
     state, moved = ServerState.initial(initial_params(task), method, layout), Moved()
     crowd = users_of(system.begin(method, state, layout, secret, "audit"))

@@ -20,6 +20,8 @@ class Task(Protocol):
 
     A task whose batches are not tensors with the examples along the first dimension may have one more method, for `micro_batch`:
     `split(batch, most)` returns the batch in pieces of at most `most` examples, each with its number of examples.
+
+    A task may have an attribute `channels_last`: True says that its model runs with the weights of its 2-D convolutions channels last.
     """
 
     @property

@@ -105,6 +105,8 @@ class VisionTask:
         ConfigError: more users than training images, a partition that cannot be made, or images that are too small for the model.
     """
 
+    channels_last = True
+
     def __init__(
         self, images: np.ndarray, labels: np.ndarray, users: int, options: VisionOptions, seed: int, held_out: int | None = None
     ) -> None:
