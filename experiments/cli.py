@@ -12,6 +12,7 @@ from typing import Annotated, NoReturn, TypeVar, cast
 import typer
 
 from experiments.prepare import check_free, read_experiment, read_run
+from experiments.trackers import check_trackers
 from fedclip.config import Experiment
 from fedclip.options import ConfigError
 
@@ -263,10 +264,13 @@ def _new_or_resumed(
         _refuse("Give an experiment file, or --resume with a run folder.")
     if resume is None:
         checked = _read(cast(Path, experiment), overrides, data_dir, **run_options)
+        _guarded(lambda: check_trackers(checked.run.trackers))
         return checked, run_folder(checked, "" if command == "run" else "-central")
     if run_options["out"] is not None or run_options["seed"] is not None:
         _refuse("--resume: a run stays in its folder and keeps its seed; leave out --out and --seed.")
-    return _guarded(lambda: read_run(resume, [*(overrides or []), *_said(**run_options)], data_dir, command)), resume
+    checked = _guarded(lambda: read_run(resume, [*(overrides or []), *_said(**run_options)], data_dir, command))
+    _guarded(lambda: check_trackers(checked.run.trackers))
+    return checked, resume
 
 
 def _read(file: Path, overrides: list[str] | None, data_dir: Path | None, **run_options: object) -> Experiment:

@@ -23,6 +23,7 @@ MAY_CHANGE = (
     "run.out",
     "run.data_dir",
     "run.init_from",
+    "run.trackers",
     "task.cache_dir",
     "task.cache_mb",
     "task.decoder.",
