@@ -128,6 +128,24 @@ def evaluate(
 
 
 @app.command()
+def transcribe(
+    model: Annotated[Path, typer.Argument(metavar="RUN|MODEL", help="a run folder, or a model.safetensors", show_default=False)],
+    audio: Annotated[list[Path], typer.Argument(metavar="AUDIO...", help="files of audio, or folders of them", show_default=False)],
+    set_: Set = None,
+    json: Json = False,
+) -> None:
+    """Write down what is said in files of audio: path, tab and text, a line a file; with --json an object a line.
+
+    Examples: `fedclip transcribe runs/digits one.wav two.flac`, `fedclip transcribe runs/digits my-recordings --set task.decoder.beam=20`
+
+    Exit status: 0 done, 1 a file could not be transcribed (the others were), 2 bad input.
+    """
+    from experiments.transcribe import transcribe_command
+
+    raise typer.Exit(_guarded(lambda: transcribe_command(model, audio, set_ or [], json)))
+
+
+@app.command()
 def compare(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="run folders; the first is the one to match", show_default=False)],
     within: Annotated[float, typer.Option(min=0.0, max=1.0, help="how much worse than the first still matches it")] = 0.01,
