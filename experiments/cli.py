@@ -259,6 +259,19 @@ def audit(
     raise typer.Exit(_guarded(lambda: audit_command(target, set_ or [], data_dir, rounds, trials, json)))
 
 
+@app.command()
+def doctor(data_dir: DataDir = None, json: Json = False) -> None:
+    """Look at what a run needs of this machine, each with its remedy: packages, memory, disk, PyTorch, GPUs, Flower, Ray, your data.
+
+    Example: `fedclip doctor --data-dir my-recordings`
+
+    Exit status: 0 done, 1 something fails.
+    """
+    from experiments.doctor import doctor_command
+
+    raise typer.Exit(_guarded(lambda: doctor_command(data_dir, json)))
+
+
 @bench.command("wire")
 def bench_wire(
     size: Annotated[int, typer.Option(help="parameters of the model")] = 10_000_000,

@@ -245,7 +245,10 @@ def check_trackers(names: tuple[str, ...]) -> None:
 
 def installed(package: str) -> bool:
     """Return whether there is a package, not counting a bare folder of its name, as these trackers leave behind."""
-    found = importlib.util.find_spec(package)
+    try:
+        found = importlib.util.find_spec(package)
+    except ModuleNotFoundError:  # of a package that it is in
+        return False
     return found is not None and found.origin is not None
 
 
