@@ -28,6 +28,11 @@ LONGEST_PARAM: Final = 6000
 """Characters of a parameter that MLflow takes."""
 
 
+MLFLOW_DEFAULTS: Final = {"MLFLOW_ALLOW_FILE_STORE": "true", "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2"}
+"""Where the environment says nothing: a folder, which MLflow takes for old-fashioned, is meant; it sends nothing of its own; and a server
+that is not there is not asked for minutes."""
+
+
 class Tracker(Protocol):
     """One place that shows runs. Each method may raise anything."""
 
@@ -121,9 +126,8 @@ class MlFlow:
 
     def begin(self, config: Mapping[str, Any]) -> None:
         """Open the run, or make one, and give it the parameters that it has not got."""
-        # MLflow takes a folder for old-fashioned and wants to be told that it is meant; its telemetry is off unless it was asked for.
-        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        for name, value in MLFLOW_DEFAULTS.items():
+            os.environ.setdefault(name, value)
         from mlflow import MlflowClient
         from mlflow.entities import Param
 
