@@ -12,6 +12,7 @@ from typing import Annotated, NoReturn, TypeVar, cast
 import typer
 
 from experiments.prepare import check_free, read_experiment, read_run
+from experiments.trackers import check_trackers
 from fedclip.config import Experiment
 from fedclip.options import ConfigError
 
@@ -124,6 +125,24 @@ def evaluate(
     from experiments.commands import evaluate_command
 
     raise typer.Exit(_guarded(lambda: evaluate_command(model, set_ or [], data_dir, json)))
+
+
+@app.command()
+def transcribe(
+    model: Annotated[Path, typer.Argument(metavar="RUN|MODEL", help="a run folder, or a model.safetensors", show_default=False)],
+    audio: Annotated[list[Path], typer.Argument(metavar="AUDIO...", help="files of audio, or folders of them", show_default=False)],
+    set_: Set = None,
+    json: Json = False,
+) -> None:
+    """Write down what is said in files of audio: path, tab and text, a line a file; with --json an object a line.
+
+    Examples: `fedclip transcribe runs/digits one.wav two.flac`, `fedclip transcribe runs/digits my-recordings --set task.decoder.beam=20`
+
+    Exit status: 0 done, 1 a file could not be transcribed (the others were), 2 bad input.
+    """
+    from experiments.transcribe import transcribe_command
+
+    raise typer.Exit(_guarded(lambda: transcribe_command(model, audio, set_ or [], json)))
 
 
 @app.command()
@@ -240,6 +259,19 @@ def audit(
     raise typer.Exit(_guarded(lambda: audit_command(target, set_ or [], data_dir, rounds, trials, json)))
 
 
+@app.command()
+def doctor(data_dir: DataDir = None, json: Json = False) -> None:
+    """Look at what a run needs of this machine, each with its remedy: packages, memory, disk, PyTorch, GPUs, Flower, Ray, your data.
+
+    Example: `fedclip doctor --data-dir my-recordings`
+
+    Exit status: 0 done, 1 something fails.
+    """
+    from experiments.doctor import doctor_command
+
+    raise typer.Exit(_guarded(lambda: doctor_command(data_dir, json)))
+
+
 @bench.command("wire")
 def bench_wire(
     size: Annotated[int, typer.Option(help="parameters of the model")] = 10_000_000,
@@ -263,10 +295,13 @@ def _new_or_resumed(
         _refuse("Give an experiment file, or --resume with a run folder.")
     if resume is None:
         checked = _read(cast(Path, experiment), overrides, data_dir, **run_options)
+        _guarded(lambda: check_trackers(checked.run.trackers))
         return checked, run_folder(checked, "" if command == "run" else "-central")
     if run_options["out"] is not None or run_options["seed"] is not None:
         _refuse("--resume: a run stays in its folder and keeps its seed; leave out --out and --seed.")
-    return _guarded(lambda: read_run(resume, [*(overrides or []), *_said(**run_options)], data_dir, command)), resume
+    checked = _guarded(lambda: read_run(resume, [*(overrides or []), *_said(**run_options)], data_dir, command))
+    _guarded(lambda: check_trackers(checked.run.trackers))
+    return checked, resume
 
 
 def _read(file: Path, overrides: list[str] | None, data_dir: Path | None, **run_options: object) -> Experiment:

@@ -11,12 +11,13 @@ import time
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import tomli_w
 import torch
 
 from experiments.prepare import check_free
+from experiments.trackers import open_trackers
 from fedclip.checkpoints import CheckpointError
 from fedclip.config import Experiment
 from fedclip.layout import Layout
@@ -24,9 +25,6 @@ from fedclip.model_file import save_model
 from fedclip.options import ConfigError
 from fedclip.storage import Storage
 from strategies.naming import run_digest
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
 
 LEDGER, CHECKPOINTS, STATES = "ledger.jsonl", "checkpoints", "states"
 """The releases of a run under noise, a line each; the checkpoints; and what client chains keep of users."""
@@ -48,14 +46,16 @@ class RunFolder:
         storage: the disk.
 
     Raises:
-        ConfigError: the folder holds a run already, or none to go on with; another process has it; or it cannot be written.
+        ConfigError: the folder holds a run already, or none to go on with; another process has it; it cannot be written; or a tracker
+            is not installed.
     """
 
     def __init__(
         self, path: Path, experiment: Experiment, command: str = "run", *, resume: bool = False, storage: Storage | None = None
     ) -> None:
         self.path, self._experiment, self._storage = path, experiment, storage or Storage()
-        self._board: SummaryWriter | None = None
+        self._trackers = open_trackers(experiment.run.trackers, path, experiment.run.name)
+        self._recorded = set[str]()
         if not resume:
             check_free(path)
         try:
@@ -70,20 +70,18 @@ class RunFolder:
 
     def start(self) -> None:
         """Write down what is run from here on; the end of an earlier part of the run is not the end any more."""
-        from torch.utils.tensorboard import SummaryWriter
-
         write_atomically(self.path / "config.toml", tomli_w.dumps(self._experiment.plain()))
         (self.path / "summary.json").unlink(missing_ok=True)
-        self._board = SummaryWriter(str(self.path / "tensorboard"))
+        self._trackers.begin(self._experiment.plain())
 
     def record(self, row: dict[str, Any]) -> int:
-        """Append a round to `metrics.jsonl` and to TensorBoard; return the size of the file, which is durable by then."""
+        """Append a round to `metrics.jsonl` and to the trackers; return the size of the file, which is durable by then."""
         metrics = self.path / METRICS
         self._storage.append(metrics, (to_json(row) + "\n").encode())
         self._storage.sync(metrics)
-        for name, value in row.items():
-            if self._board is not None and name not in ("round", "attempt") and isinstance(value, int | float):
-                self._board.add_scalar(name, value, row["round"])
+        numbers = {name: value for name, value in _numbers(row).items() if name not in ("round", "attempt")}
+        self._recorded |= {*numbers}
+        self._trackers.row(row["round"], numbers)
         return metrics.stat().st_size
 
     def cut_metrics(self, size: int) -> None:
@@ -116,16 +114,22 @@ class RunFolder:
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Write `summary.json` last of all: a folder without it holds a run that did not end in order."""
-        if self._board is not None:
-            self._board.close()
+        noise = self._experiment.privacy.noise_multiplier is not None
+        # Under noise trackers get what rows say of it, and no more.
+        totals = {} if noise else {name: value for name, value in _numbers(summary).items() if name not in self._recorded}
+        self._trackers.finish(totals, summary["status"])
+        if self._trackers.failures:
+            summary = summary | {"tracker_failures": self._trackers.failures}
         write_atomically(self.path / "summary.json", to_json(summary, indent=2) + "\n")
 
     def close(self) -> None:
-        """Let another process have the folder. What TensorBoard could not write is in `metrics.jsonl`."""
-        if self._board is not None:
-            with suppress(OSError):
-                self._board.close()
+        """Let another process have the folder. What trackers could not take is in `metrics.jsonl`."""
+        self._trackers.finish({}, "failed")
         os.close(self._lock)
+
+
+def _numbers(values: dict[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in values.items() if isinstance(value, int | float)}
 
 
 def lock(path: Path) -> int:

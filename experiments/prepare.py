@@ -23,6 +23,7 @@ MAY_CHANGE = (
     "run.out",
     "run.data_dir",
     "run.init_from",
+    "run.trackers",
     "task.cache_dir",
     "task.cache_mb",
     "task.decoder.",
@@ -150,16 +151,14 @@ def prepare(experiment: Experiment, *, resume: bool = False, weights: bool = Tru
     Raises:
         ConfigError: the task, its data or the method are refused.
     """
-    import torch
-
     from experiments.live import indexing
     from fedclip.process import resident_memory, settle_process, trim_memory
     from fedclip.tasks.build import TaskRecipe
 
     settle_process()
     startup = resident_memory()
-    if experiment.run.device.startswith("cuda") and experiment.ray.address is None and not torch.cuda.is_available():
-        raise ConfigError(f"run.device: '{experiment.run.device}' is not there (torch finds no GPU); use 'cpu'.")
+    if experiment.ray.address is None:
+        check_device(experiment)
     experiment, size = _with_weights(experiment), experiment.population.size
     with indexing() as watch:
         task = TaskRecipe.of(experiment).build(watch)
@@ -182,6 +181,18 @@ def prepare(experiment: Experiment, *, resume: bool = False, weights: bool = Tru
     trim_memory()
     recipe = replace(TaskRecipe.of(experiment), index=getattr(task, "index", ""))
     return Prepared(experiment, recipe, task, method, initial, startup)
+
+
+def check_device(experiment: Experiment) -> None:
+    """Refuse a GPU where there is none.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    import torch
+
+    if experiment.run.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"run.device: '{experiment.run.device}' is not there (torch finds no GPU); use 'cpu'.")
 
 
 def population_of(experiment: Experiment, task: "Task") -> int:

@@ -36,6 +36,8 @@ class RunOptions(Options):
     workers: Annotated[int, Field(ge=0)] = 0
     """Worker processes; 0: one for each core of this machine."""
     device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] = "cpu"
+    trackers: tuple[Literal["mlflow", "wandb"], ...] = ()
+    """Where the numbers of the run are shown, besides TensorBoard; each an extra of its name."""
 
 
 class PopulationOptions(Options):
