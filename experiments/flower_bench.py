@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import os
 import re
 import statistics
 import tempfile
@@ -31,7 +32,7 @@ class RoundClock(logging.Handler):
         """Start with no rounds."""
         super().__init__(logging.INFO)
         self.seconds: list[float] = []
-        self.replies: list[tuple[int, int]] = []  # results and failures of each exchange
+        self.replies: list[set[tuple[int, int]]] = []  # results and failures of the exchanges of each round
         self.error = ""
         self._begun: float | None = None
 
@@ -43,8 +44,9 @@ class RoundClock(logging.Handler):
             if self._begun is not None:
                 self.seconds.append(now - self._begun)
             self._begun = now if text.startswith("[ROUND ") else None
+            self.replies.append(set())
         elif found := re.search(r"Received (\d+) results and (\d+) failures", text):
-            self.replies.append((int(found[1]), int(found[2])))
+            self.replies[-1].add((int(found[1]), int(found[2])))
         elif "Received error in reply" in text:
             self.error = text.strip()
 
@@ -76,8 +78,8 @@ def default_fractions(fraction: float) -> Iterator[None]:
         init.__defaults__ = before
 
 
-def timed(run: Callable[[], object], cohort: int, nodes: int) -> list[float]:
-    """Return the seconds of each round of a ServerApp; what it prints and writes is thrown away.
+def timed(run: Callable[[], object], cohort: int, nodes: int, skip: int = 0) -> list[float]:
+    """Return the seconds of each round of a ServerApp after the first `skip`; what it prints and writes is thrown away.
 
     Raises:
         ConfigError: A round was not of the cohort, or a reply was an error.
@@ -94,19 +96,21 @@ def timed(run: Callable[[], object], cohort: int, nodes: int) -> list[float]:
             run()
     finally:
         logger.handlers = before
-    if not clock.seconds or set(clock.replies) != {(min(cohort, nodes), 0)}:
+    kept = clock.seconds[skip:]
+    if not kept or any(replies != {(min(cohort, nodes), 0)} for replies in clock.replies[skip : len(clock.seconds)]):
         raise ConfigError(
             f"Expected rounds of {cohort} results and no failures, got {clock.replies}. "
             f"Run the app by `fedclip flower`, which shows its log.\n"
             f"{clock.error}"
         )
-    return clock.seconds
+    return kept
 
 
 def on_ray_grid(app: FlowerApp, sizes: list[int], cohort: int, workers: int, rounds: int) -> dict[int, list[float]]:
     """Return the seconds of rounds by the number of nodes, of grids that take turns; the first turn of each is not counted."""
     import ray
 
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else Ray warns of a change to come
     seconds: dict[int, list[float]] = {nodes: [] for nodes in sizes}
     server, _ = import_app(app)
     with ExitStack() as stack:
@@ -138,7 +142,7 @@ def _configured(context: Context, app: FlowerApp) -> Context:
 
 
 def on_flowers_engine(app: FlowerApp, nodes: int, cohort: int, workers: int, rounds: int) -> list[float]:
-    """Return the seconds of rounds on `flwr.simulation.run_simulation`; its first round is not counted."""
+    """Return the seconds of rounds on `flwr.simulation.run_simulation`, without its first: that may begin before all nodes are there."""
     from flwr.simulation import run_simulation
 
     configured = sized(app, cohort, nodes, rounds + 1)
@@ -152,7 +156,7 @@ def on_flowers_engine(app: FlowerApp, nodes: int, cohort: int, workers: int, rou
         "client_resources": {"num_cpus": 1, "num_gpus": 0},
         "init_args": {"num_cpus": workers, "num_gpus": 0, "include_dashboard": False, "log_to_driver": False, "logging_level": 40},
     }
-    return timed(lambda: run_simulation(server, _Configured(configured), nodes, backend_config=backend), cohort, nodes)[1:]
+    return timed(lambda: run_simulation(server, _Configured(configured), nodes, backend_config=backend), cohort, nodes, skip=1)
 
 
 def flower_bench(
