@@ -21,6 +21,7 @@ from clients.ray_worker import ONE_CORE, TASK_RETRIES, ClientCallable, Resources
 
 __all__ = ["FIRST_NODE_ID", "RayGrid", "Resources"]
 
+KEPT_IDS = 2_000_000  # so many node ids are kept, at 40 bytes each, as Flower's strategies list them all four times a round
 POLL_SECONDS = 0.1  # what is sent while others run is listened for after this at the latest
 
 
@@ -67,6 +68,7 @@ class RayGrid(Grid):
         if isinstance(client_app, str) and not all(client_app.partition(":")):
             raise ValueError(f"Expected client_app as 'module:attribute', got {client_app!r}. Name a module, a colon and its ClientApp.")
         self._nodes, self._run_config = range(FIRST_NODE_ID, FIRST_NODE_ID + nodes), dict(run_config or {})
+        self._ids = tuple(self._nodes) if nodes <= KEPT_IDS else self._nodes
         self._run = Run.create_empty(run_id)
         self._changed = threading.Condition()  # guards what follows, up to the thread
         self._lanes = Lanes(workers, pinned=nodes == workers)
@@ -112,8 +114,8 @@ class RayGrid(Grid):
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
-        """Return all node ids, as a range."""
-        return self._nodes
+        """Return all node ids: up to `KEPT_IDS` as a tuple, which is listed several times as fast as a range, and beyond as a range."""
+        return self._ids
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Hand messages over to be run, and return their ids.

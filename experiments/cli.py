@@ -201,6 +201,32 @@ def users(
 
 
 @app.command()
+def flower(
+    folder: Annotated[
+        Path, typer.Argument(metavar="APP_DIR", help="the folder of a Flower app: where its pyproject.toml is", show_default=False)
+    ],
+    nodes: Annotated[int, typer.Option(min=1, help="registered nodes, which cost nothing")] = 10,
+    workers: Annotated[int | None, typer.Option(min=1, help="worker processes; by default one a core", show_default=False)] = None,
+    run_config: Annotated[
+        list[str] | None,
+        typer.Option(metavar="'K=V ...'", help="set keys of [tool.flwr.app.config] anew, as for `flwr run`", show_default=False),
+    ] = None,
+    ray_address: Annotated[str | None, typer.Option(help="a Ray cluster; by default this machine", show_default=False)] = None,
+) -> None:
+    """Run any Flower app, as it is, on workers that millions of registered nodes share.
+
+    Example: `fedclip flower quickstart-pytorch --nodes 1000000 --run-config 'fraction-train=0.00002'`
+    """
+
+    def answer() -> int:
+        from experiments.flower_app import flower_command
+
+        return flower_command(folder, nodes, workers, run_config or [], ray_address)
+
+    raise typer.Exit(_guarded(answer))
+
+
+@app.command()
 def budget(
     population: Annotated[int | None, typer.Option(min=1, help="users there are", show_default=False)] = None,
     cohort: Annotated[float | None, typer.Option(help="expected users a round", show_default=False)] = None,
@@ -285,6 +311,34 @@ def bench_wire(
     from experiments.bench import wire_command
 
     raise typer.Exit(_guarded(lambda: wire_command(size, density, json)))
+
+
+@bench.command("flower")
+def bench_flower(
+    folder: Annotated[Path, typer.Argument(metavar="APP_DIR", help="the folder of a Flower app", show_default=False)],
+    nodes: Annotated[
+        list[int] | None, typer.Option(min=1, help="registered nodes; may be repeated [default: 1000 1000000]", show_default=False)
+    ] = None,
+    beside: Annotated[
+        list[int] | None, typer.Option(min=1, help="registered nodes on Flower's own engine, beside; may be repeated", show_default=False)
+    ] = None,
+    cohort: Annotated[int, typer.Option(min=1, help="nodes that a round asks")] = 20,
+    workers: Annotated[int, typer.Option(min=1, help="worker processes of each")] = 2,
+    rounds: Annotated[int, typer.Option(min=1, help="rounds to time, at least, of each number of nodes")] = 15,
+    beside_rounds: Annotated[int, typer.Option(min=1, help="rounds to time on Flower's engine")] = 2,
+    json: Json = False,
+) -> None:
+    """Time rounds of a Flower app that uses FedAvg, with few and with many registered nodes in turn.
+
+    Example: `fedclip bench flower quickstart-pytorch --nodes 1000 --nodes 1000000 --beside 1000`
+    """
+
+    def answer() -> int:
+        from experiments.flower_bench import flower_bench
+
+        return flower_bench(folder, nodes or [1000, 1_000_000], beside or [], cohort, workers, rounds, beside_rounds, json)
+
+    raise typer.Exit(_guarded(answer))
 
 
 def _new_or_resumed(

@@ -1,0 +1,1 @@
+"""Stands in for torchvision, of which the quickstart takes three transforms."""
