@@ -2,29 +2,26 @@
 
 import json
 import os
-import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from experiments.contestants.process import Contestant, Setting, has
 from fedclip.options import ConfigError
 
 COHORTS = {"mlp": 1000, "cnn200k": 200, "cnn1m2": 100, "asr": 10}
 """Users of a round by default, by model: a few seconds of work."""
 
-POPULATION = 10_000
 WARM_UP, RESAMPLES = 1, 10_000
-CLOSING_SECONDS = 30.0
 
 STAGES = {
     "load": ("load_seconds", True),
@@ -60,99 +57,10 @@ KINDS = {
     "fedclip": Kind("ours"),
     "updates": Kind("ours", ("--reply", "updates")),
     "bare": Kind("bare", models=IMAGES),
+    "bare asr": Kind("bare_asr", models=("asr",)),
+    "pfl": Kind("pfl_sim", package="pfl", models=IMAGES),
+    "flower": Kind("plain_flower", models=IMAGES),
 }
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What is timed.
-
-    Attributes:
-        model: `mlp`, `cnn200k`, `cnn1m2` or `asr`.
-        cohort: users a round.
-        population: users there are.
-        workers: processes that train.
-        device: `cpu`, or a GPU that the workers share.
-    """
-
-    model: str
-    cohort: int
-    population: int
-    workers: int
-    device: str
-
-    def arguments(self) -> list[str]:
-        """Return what contestants are told."""
-        values = {"model": self.model, "cohort": self.cohort, "population": self.population, "workers": self.workers, "device": self.device}
-        return [text for name, value in values.items() for text in (f"--{name}", str(value))]
-
-
-class Contestant:
-    """A process that does one round whenever it is asked to.
-
-    Args:
-        name: what the table calls it.
-        command: what is run.
-        setting: what is timed.
-        folder: for what it prints.
-
-    Raises:
-        ConfigError: it ended before it was ready.
-    """
-
-    def __init__(self, name: str, command: Sequence[str], setting: Setting, folder: Path) -> None:
-        self.name, self._log = name, folder / f"{name}.log"
-        with self._log.open("w", encoding="utf-8") as log:
-            # In a session of its own, so that Ctrl-C reaches this process alone, which then lets all of them end.
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment(setting.device),
-                start_new_session=True,
-            )  # fmt: skip
-        self.described = self._answer()
-        self.answers: list[dict[str, Any]] = []
-
-    def turn(self) -> None:
-        """Have it do a round.
-
-        Raises:
-            ConfigError: it has ended.
-        """
-        pipe = self._process.stdin
-        if pipe is not None:
-            print(file=pipe, flush=True)
-        self.answers.append(self._answer())
-
-    def _answer(self) -> dict[str, Any]:
-        line = self._process.stdout.readline() if self._process.stdout is not None else ""
-        if not line:
-            said = [text for text in self._log.read_text(encoding="utf-8", errors="replace").splitlines() if text.strip()]
-            raise ConfigError(f"bench engine: {self.name} ended: {said[-1].strip() if said else 'it said nothing'}")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
-
-    def __enter__(self) -> Self:
-        """Return the contestant, which the end of the `with` block ends."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Let the process end, which it does when nothing more can come; where it does not, end it and what it started."""
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                pipe.close()
-        try:
-            self._process.wait(CLOSING_SECONDS)
-        except subprocess.TimeoutExpired:
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-
-
-def environment(device: str) -> dict[str, str]:
-    """Return the environment of all contestants: one thread a process, no allocator of choice, no GPU where none is asked for."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_") and name != "LD_PRELOAD"}
-    paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    quiet = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "RAY_USAGE_STATS_ENABLED": "0"}
-    hidden = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
-    return kept | quiet | hidden | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
 
 
 @dataclass(frozen=True)
@@ -203,19 +111,6 @@ def race(setting: Setting, rounds: int, peers: Sequence[str], pfl_python: str) -
                 contestant.turn()
             order = order[1:] + order[:1]
     return there, [name for name in peers if name not in there]
-
-
-def has(python: str, package: str) -> bool:
-    """Return whether an interpreter finds a package.
-
-    Raises:
-        ConfigError: there is no such interpreter.
-    """
-    look = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({package!r}) is None)"
-    try:
-        return subprocess.run([python, "-c", look], check=False, capture_output=True).returncode == 0
-    except OSError as error:
-        raise ConfigError(f"--pfl-python: {python} cannot be run: {error}; give the path of a Python that has pfl.") from error
 
 
 def peers_of(text: str | None, setting: Setting) -> list[str]:
@@ -286,6 +181,7 @@ def _figures(contestant: Contestant, ours: Times) -> dict[str, Any]:
     times = Times.of(contestant.answers)
     low, high = np.quantile(times.rates, [0.25, 0.75])
     figures = {"users_per_second": times.median, "low": float(low), "high": float(high), "rates": list(times.rates)}
+    figures["users"] = sum(a["users"] for a in contestant.answers)
     if contestant.name != "fedclip":
         figures |= dict(zip(("ratio", "ratio_low", "ratio_high"), ours.ratio(times), strict=True))
     return figures | {"torch": contestant.described["torch"]}

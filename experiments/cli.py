@@ -280,7 +280,8 @@ def bench_engine(
 
     Example: `fedclip bench engine --model cnn1m2 --rounds 20`
     """
-    from experiments.bench_engine import COHORTS, Setting, engine_command
+    from experiments.bench_engine import COHORTS, engine_command
+    from experiments.contestants.process import Setting
 
     setting = Setting(model.value, COHORTS[model.value] if cohort is None else cohort, population, workers, device)
     raise typer.Exit(_guarded(lambda: engine_command(setting, rounds, peers, pfl_python, json)))

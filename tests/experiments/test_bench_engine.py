@@ -1,5 +1,6 @@
 """`fedclip bench engine`: all contestants do the same work, in turns, and the figures follow from what they say."""
 
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from experiments.bench_engine import STAGES, Times, parts_of
+from experiments.bench_engine import KINDS, STAGES, Kind, Times, parts_of
 from experiments.cli import app
 from experiments.contestants import workload
 from experiments.contestants.task import ImagesTask
@@ -42,12 +43,13 @@ def test_the_engine_and_the_bare_loop_make_the_same_update(name: str, size: int)
     torch.testing.assert_close(bare, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_the_command_times_both_in_turns_and_says_what_is_documented() -> None:
-    options = ("--model", "mlp", "--cohort", "8", "--population", "500", "--rounds", "2", "--workers", "1", "--peers", "bare", "--json")
+def test_the_command_times_both_in_turns_and_says_what_is_documented(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(KINDS, "pfl", Kind("pfl_sim", package="no_such_package"))
+    options = ("--model", "mlp", "--cohort", "8", "--population", "500", "--rounds", "2", "--workers", "1", "--peers", "bare,pfl", "--json")
     status, output = bench(*options)
     assert status == 0, output
     said = json.loads(output)
-    assert (said["parameters"], said["population"], said["not_installed"]) == (216_894, 500, [])
+    assert (said["parameters"], said["population"], said["not_installed"]) == (216_894, 500, ["pfl"])
     assert list(said["contestants"]) == ["fedclip", "bare"]
     assert all(len(c["rates"]) == 2 and min(c["rates"]) > 0 for c in said["contestants"].values())
     ours, bare = said["contestants"]["fedclip"], said["contestants"]["bare"]
@@ -101,3 +103,28 @@ def test_two_workers_on_ray_in_both_reply_modes() -> None:
     said = json.loads(output)["contestants"]
     assert {"fedclip", "updates", "bare"} <= said.keys()
     assert said["bare"]["ratio"] > 0.5
+
+
+@pytest.mark.slow
+def test_plain_flower_takes_turns() -> None:
+    status, output = bench("--model", "mlp", "--cohort", "20", "--population", "50", "--rounds", "2", "--peers", "flower", "--json")
+    assert status == 0, output
+    assert len(json.loads(output)["contestants"]["flower"]["rates"]) == 2
+
+
+@pytest.mark.slow
+def test_the_plain_loop_for_speech_trains_the_same_users() -> None:
+    options = ("--model", "asr", "--cohort", "4", "--rounds", "2", "--workers", "1", "--json")
+    status, output = bench(*options)
+    assert status == 0, output
+    said = json.loads(output)
+    assert list(said["contestants"]) == ["fedclip", "bare asr"]
+    assert said["contestants"]["bare asr"]["users"] == said["contestants"]["fedclip"]["users"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("pfl") is None, reason="pfl is not installed")
+def test_pfl_takes_turns() -> None:
+    status, output = bench("--model", "mlp", "--cohort", "20", "--population", "50", "--rounds", "2", "--peers", "pfl", "--json")
+    assert status == 0, output
+    assert len(json.loads(output)["contestants"]["pfl"]["rates"]) == 2
