@@ -181,7 +181,9 @@ def _figures(contestant: Contestant, ours: Times) -> dict[str, Any]:
     times = Times.of(contestant.answers)
     low, high = np.quantile(times.rates, [0.25, 0.75])
     figures = {"users_per_second": times.median, "low": float(low), "high": float(high), "rates": list(times.rates)}
-    figures["users"] = sum(a["users"] for a in contestant.answers)
+    timed = contestant.answers[WARM_UP:]
+    users, cpu_seconds = (sum(a[key] for a in timed) for key in ("users", "cpu_seconds"))
+    figures |= {"users": users, "users_per_cpu_second": users / cpu_seconds}
     if contestant.name != "fedclip":
         figures |= dict(zip(("ratio", "ratio_low", "ratio_high"), ours.ratio(times), strict=True))
     return figures | {"torch": contestant.described["torch"]}
@@ -189,11 +191,18 @@ def _figures(contestant: Contestant, ours: Times) -> dict[str, Any]:
 
 def _table(result: Mapping[str, Any]) -> Table:
     table = Table("", box=None, pad_edge=False)
-    for head in ("users/s", "quartiles", "fedclip is", "95%", "torch"):
+    for head in ("users/s", "quartiles", "fedclip is", "95%", "users/CPU s", "torch"):
         table.add_column(head, justify="right")
     for name, row in result["contestants"].items():
         beside = (f"{row['ratio']:.2f}x", f"{row['ratio_low']:.2f}-{row['ratio_high']:.2f}") if "ratio" in row else ("", "")
-        table.add_row(name, f"{row['users_per_second']:.1f}", f"{row['low']:.1f}-{row['high']:.1f}", *beside, row["torch"])
+        table.add_row(
+            name,
+            f"{row['users_per_second']:.1f}",
+            f"{row['low']:.1f}-{row['high']:.1f}",
+            *beside,
+            f"{row['users_per_cpu_second']:.1f}",
+            row["torch"],
+        )
     for name in result["not_installed"]:
         table.add_row(name, "not installed")
     return table

@@ -1,18 +1,16 @@
-"""Apple's pfl-research on the same work, with its central Gaussian mechanism: one process, or several under torchrun.
+"""Apple's pfl-research on the same work, with its central Gaussian mechanism, in one process or several.
 
 Runs in any interpreter that has pfl, PyTorch and NumPy.
 """
 
 import os
-import sys
 
-from experiments.contestants.turns import Turns, arguments
+from experiments.contestants.turns import Turns, arguments, start_ranks
 
 if __name__ == "__main__":
     args = arguments()
-    if args.workers > 1 and "RANK" not in os.environ:  # as its users start it
-        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.workers}", "-m", __spec__.name]
-        os.execv(sys.executable, [sys.executable, *launch, *sys.argv[1:]])
+    if args.workers > 1 and "RANK" not in os.environ:
+        start_ranks(args.workers, __spec__.name)
     turns = Turns()
 
 import time

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -68,10 +69,11 @@ class Contestant:
         Raises:
             ConfigError: it has ended.
         """
-        pipe = self._process.stdin
+        pipe, before = self._process.stdin, session_seconds(self._process.pid)
         if pipe is not None:
             print(file=pipe, flush=True)
-        self.answers.append(self._answer())
+        answer = self._answer()
+        self.answers.append(answer | {"cpu_seconds": session_seconds(self._process.pid) - before})
 
     def _answer(self) -> dict[str, Any]:
         line = self._process.stdout.readline() if self._process.stdout is not None else ""
@@ -97,8 +99,22 @@ class Contestant:
             self._process.wait()
 
 
+def session_seconds(session: int) -> float:
+    """Return the processor time, in seconds, of the processes of a session that are there now."""
+    ticks = 0
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it may end at any time
+            fields = path.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()  # proc(5), from the third on
+            if int(fields[3]) == session:
+                ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
 def environment(device: str) -> dict[str, str]:
-    """Return the environment of all contestants: one thread a process, no allocator of choice, no GPU where none is asked for."""
+    """Return the environment of all contestants: one thread a process, no allocator of choice, no GPU where none is asked for.
+
+    Ray would give way to every other process of the machine, which the others do not.
+    """
     kept = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_") and name != "LD_PRELOAD"}
     paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     quiet = {
@@ -107,8 +123,9 @@ def environment(device: str) -> dict[str, str]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     }
+    ray = {"RAY_worker_niceness": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
     hidden = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
-    return kept | quiet | hidden | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    return kept | quiet | ray | hidden | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def has(python: str, package: str) -> bool:

@@ -6,6 +6,8 @@ Imports nothing of this project, nor PyTorch: interpreters that lack the project
 import argparse
 import json
 import os
+import socket
+import subprocess
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -49,3 +51,18 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--reply", default="sums")
     return parser.parse_args()
+
+
+def start_ranks(workers: int, module: str) -> None:
+    """Run a module in all ranks of `torch.distributed` but the first, which is this process, with the environment that torchrun gives.
+
+    Torchrun would give each a session of its own, and Linux a busy machine's time to sessions: others here have one each.
+    """
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": workers, "LOCAL_WORLD_SIZE": workers, "MASTER_ADDR": "localhost", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": 0}
+    os.environ |= {name: str(value) for name, value in common.items()}
+    for rank in range(1, workers):
+        subprocess.Popen([sys.executable, "-m", module, *sys.argv[1:]], env={**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0"}
