@@ -17,7 +17,7 @@ from fedclip.config import Experiment
 from fedclip.options import ConfigError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown")
-bench = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", help="Measure what parts of a run cost, such as `bench wire`.")
+bench = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", help="Measure what a run costs: `bench engine`, `bench wire`.")
 app.add_typer(bench, name="bench")
 
 T = TypeVar("T")
@@ -42,6 +42,15 @@ class SamplerName(StrEnum):
 
     poisson = "poisson"
     fixed = "fixed"
+
+
+class ModelName(StrEnum):
+    """What `fedclip bench engine` trains."""
+
+    mlp = "mlp"
+    cnn200k = "cnn200k"
+    cnn1m2 = "cnn1m2"
+    asr = "asr"
 
 
 class AdjacencyName(StrEnum):
@@ -339,6 +348,29 @@ def bench_flower(
         return flower_bench(folder, nodes or [1000, 1_000_000], beside or [], cohort, workers, rounds, beside_rounds, json)
 
     raise typer.Exit(_guarded(answer))
+
+
+@bench.command("engine")
+def bench_engine(
+    model: Annotated[ModelName, typer.Option(help="what is trained")] = ModelName.cnn200k,
+    cohort: Annotated[int | None, typer.Option(help="users a round; by default by the model", show_default=False)] = None,
+    population: Annotated[int, typer.Option(min=1, help="users there are")] = 10_000,
+    rounds: Annotated[int, typer.Option(min=2, help="timed rounds of each")] = 10,
+    workers: Annotated[int, typer.Option(min=1, help="processes that train; with 1 fedclip does without Ray")] = 2,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    peers: Annotated[str | None, typer.Option(metavar="A,B", help="whom to time beside fedclip", show_default=False)] = None,
+    pfl_python: Annotated[str, typer.Option(metavar="PYTHON", help="an interpreter that has pfl")] = sys.executable,
+    json: Json = False,
+) -> None:
+    """Time rounds of the engine beside a bare PyTorch loop and other simulators on the same work, all in turns.
+
+    Example: `fedclip bench engine --model cnn1m2 --rounds 20`
+    """
+    from experiments.bench_engine import COHORTS, engine_command
+    from experiments.contestants.process import Setting
+
+    setting = Setting(model.value, COHORTS[model.value] if cohort is None else cohort, population, workers, device)
+    raise typer.Exit(_guarded(lambda: engine_command(setting, rounds, peers, pfl_python, json)))
 
 
 def _new_or_resumed(
