@@ -178,13 +178,10 @@ def test_memory_does_not_grow_with_the_population(file: Path, engine: str) -> No
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_memory_does_not_grow_with_the_cohort(file: Path, engine: str) -> None:
-    rows, figures = list[str](), list[Figures]()
+    figures = list[Figures]()
     for cohort in COHORTS:
         figures.append(now := figures_of_a_run(file, engine, POPULATIONS[-1], cohort, 1))
-        rows.append(
-            f"{cohort:>8,} of 100,000,000: {now.round:.1f} s, {cohort / now.round:.0f} users/s, driver {now.driver / 1e6:.0f} MB, "
-            f"worker {now.worker / 1e6:.0f} MB"
-        )
-    show(f"one round, {engine}", rows)
+        row = f"{now.round:.1f} s, {cohort / now.round:.0f} users/s, driver {now.driver / 1e6:.0f} MB, worker {now.worker / 1e6:.0f} MB"
+        show(f"one round, {engine}", [f"{cohort:>8,} of 100,000,000: {row}"])
     for peaks in ([f.driver for f in figures], [f.worker for f in figures]):
         assert max(peaks) < 1.1 * min(peaks)
