@@ -24,7 +24,7 @@ from fedclip.process import settle_thread
 from fedclip.replica import Replica
 from fedclip.spec import Block, RoundSpec
 from fedclip.stages import build_stage
-from fedclip.tally import Tally, add_up
+from fedclip.tally import MOST_SAID, Tally, add_up, shortened
 from fedclip.tasks.base import Counts, Task
 from fedclip.transform import Chain, Ctx, State, Transform, has_content
 from fedclip.update import Dense, Update, finite_or_zero, scale, to_dense
@@ -63,7 +63,7 @@ class Contribution:
 class Partial:
     """The exact sum over the users of some blocks: int64 grid numbers, how many users, and a tally for each block.
 
-    `clip_bits` is the sum of each bit as +1 or -1.
+    `clip_bits` is the sum of each bit as +1 or -1; `errors` is what the first failed users said, at most `MOST_SAID` lines.
     """
 
     total: torch.Tensor
@@ -132,7 +132,7 @@ class Client:
             contribution = self._train(user, examples, time.perf_counter() - start)
         except Exception as error:
             log.debug("user %d failed", user, exc_info=True)
-            return Contribution(user, None, 0.0, {"failed_users": 1.0}, f"user {user}: {type(error).__name__}: {error}")
+            return Contribution(user, None, 0.0, {"failed_users": 1.0}, shortened(f"user {user}: {type(error).__name__}: {error}"))
         return contribution
 
     def _load(self, user: int) -> Sequence[Any]:
@@ -233,8 +233,8 @@ class Collector:
                 sent = float(len(contribution.payload or b"") + len(contribution.clip_bits))
                 tally = {"failed_users": 1.0, "uplink_bytes": sent or tally["uplink_bytes"]}
                 error = f"user {contribution.user}: {type(fault).__name__}: {fault}"
-        if error is not None:
-            self.errors.append(error)
+        if error is not None and len(self.errors) < MOST_SAID:
+            self.errors.append(shortened(error))
         self.tallies[block] = add_up([self.tallies.get(block, {}), tally, {"fold_seconds": time.perf_counter() - start}])
 
     def _open(self, contribution: Contribution) -> tuple[Update, bool]:

@@ -25,7 +25,7 @@ from fedclip.method import AVERAGE_WEIGHT, Method, ServerState
 from fedclip.rng import Streams
 from fedclip.spec import Block, RoundSpec
 from fedclip.stages import describe_stage
-from fedclip.tally import Tally, add_up, number
+from fedclip.tally import MOST_SAID, Tally, add_up, number
 from fedclip.tasks.base import Task
 from fedclip.transform import Ctx
 from fedclip.update import Dense, to_dense
@@ -33,6 +33,9 @@ from fedclip.wire import pack_support, support_of
 
 BLOCKS_A_COHORT = 64
 """A cohort is dealt in about so many blocks: enough to share them out evenly, few enough to deal quickly."""
+
+ASKED_A_BLOCK = 64
+"""The cost of so many users of a block is asked for at most, so that what dealing takes does not grow with the cohort."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +61,7 @@ class Released:
         mean: the mean over users, float32, shape (d,), noised under noise.
         fractions: of users within each adaptive bound, noised under noise; None where bounds stay, or without noise nobody came.
         tally: what was measured of users: not private.
-        errors: what failed users said.
+        errors: what the first failed users said, at most `MOST_SAID` lines; the tally counts them all.
     """
 
     round: int
@@ -71,7 +74,7 @@ class Released:
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """What a round made: the next state, the tally over users in cohort order, and what failed users said, a line each.
+    """What a round made: the next state, the tally over users in cohort order, and what the first failed users said, a line each.
 
     `attempt` is how many releases the round had before.
     """
@@ -125,12 +128,20 @@ def begin(method: Method, state: ServerState, layout: Layout, secret: str, run: 
 def deal(blocks: Sequence[Block], workers: int, task: Task) -> list[list[Block]]:
     """Share blocks out over workers, the longest first to whoever has least, by the task's predicted costs."""
     loads, shares = [0.0] * workers, [list[Block]() for _ in range(workers)]
-    costs = {n: sum(task.cost(u) for u in users) for n, users in blocks}
+    costs = {n: _predicted_cost(task, users) for n, users in blocks}
     for block in sorted(blocks, key=lambda b: (-costs[b[0]], b[0])):
         least = loads.index(min(loads))
         shares[least].append(block)
         loads[least] += costs[block[0]]
     return shares
+
+
+def _predicted_cost(task: Task, users: Sequence[int]) -> float:
+    """Return the predicted cost of a block; of a large one, what it would be if all of its users cost what some drawn at random do."""
+    if len(users) <= ASKED_A_BLOCK:
+        return sum(task.cost(user) for user in users)
+    asked = np.random.default_rng(0).choice(len(users), ASKED_A_BLOCK, replace=False)
+    return sum(task.cost(users[n]) for n in asked.tolist()) * len(users) / ASKED_A_BLOCK
 
 
 class WorkerError(RuntimeError):
@@ -153,7 +164,7 @@ def release(
         fold.merge(part.total, part.users)
         bits += np.asarray(part.clip_bits, dtype=np.int64)
         tallies |= part.tallies
-        errors += part.errors
+        errors += part.errors[: MOST_SAID - len(errors)]
         del part  # of a large model each sum is gigabytes: it goes before the next vector is made
     start = time.perf_counter()
     tally = add_up(tallies[n] for n in sorted(tallies))

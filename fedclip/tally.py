@@ -6,6 +6,9 @@ Value = float | list[float]
 Tally = dict[str, Value]
 """Sums by name; a list holds one sum for each layer."""
 
+MOST_SAID, MOST_CHARACTERS = 100, 1000
+"""Lines kept of what failed users say, by a worker and of a round, and characters of a line: a hundred thousand may fail at once."""
+
 
 def add_up(tallies: Iterable[Mapping[str, Value]]) -> Tally:
     """Return the sums over tallies, taken in the order given; a name that one of them lacks counts zero there.
@@ -34,3 +37,8 @@ def _add(a: Value, b: Value, name: str) -> Value:
     if isinstance(a, list) or isinstance(b, list):
         raise ValueError(f"Expected sums of one kind for '{name}', got {a} and {b}.")
     return a + b
+
+
+def shortened(line: str) -> str:
+    """Return a line of what a user said, cut where it is too long to be kept."""
+    return line if len(line) <= MOST_CHARACTERS else line[: MOST_CHARACTERS - 1] + "…"

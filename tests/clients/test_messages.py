@@ -2,10 +2,13 @@
 
 import dataclasses
 import math
+import tracemalloc
 
+import numpy as np
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 
 from clients import messages
 from fedclip.client import Contribution, Partial
@@ -25,13 +28,11 @@ SPEC = RoundSpec(
     Grid(45, 0.1, 2**20),
     bytes(range(256)),
 )
-BLOCKS = [(0, (5, 7)), (3, ()), (2, (99_999_999,))]
+BLOCKS = [(0, (5, 7)), (3, ()), (2, (99_999_999, 2**40))]
 
 
 def carried(content):
     """The content as it comes off the wire."""
-    from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
-
     return recorddict_from_proto(recorddict_to_proto(content))
 
 
@@ -43,6 +44,19 @@ def test_a_training_request(blocks):
     assert request.spec.digest == SPEC.digest
     assert request.blocks == tuple(blocks)
     assert (request.task, request.device, request.reply) == ('{"task": 1}', "cpu", "sums")
+
+
+def test_a_request_of_a_hundred_thousand_users_is_four_bytes_for_each():
+    users = np.sort(np.random.default_rng(1).choice(10**8, 100_000, replace=False)).tolist()
+    blocks = [(n, tuple(users[n::64])) for n in range(64)]
+    content = messages.train_request(SPEC, blocks, "", "cpu", "sums", messages.model_record(SPEC.params))
+    assert len(recorddict_to_proto(content).SerializeToString()) < 4 * len(users) + 5000
+    tracemalloc.start()
+    request = messages.read_train_request(carried(content))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert request.blocks == tuple(blocks)
+    assert peak < 150 * len(users)
 
 
 def test_a_reply_of_sums():

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import random
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -127,6 +128,24 @@ def test_dealing_evens_out_predicted_costs_and_loses_nobody():
     loads = [sum(u for _, users in share for u in users) for share in shares]
     assert max(loads) - min(loads) <= 40
     assert deal([], 2, Costs()) == [[], []]
+
+
+def test_dealing_a_hundred_thousand_users_asks_for_the_costs_of_few_and_still_evens_out():
+    class Costs:
+        asked = 0
+
+        def cost(self, user):
+            self.asked += 1
+            return 1.0 + user % 7 + user // 10_000
+
+    task = Costs()
+    blocks = [(n, tuple(range(1563 * n, 1563 * (n + 1)))) for n in range(64)]
+    shares = deal(blocks, 2, task)
+    assert task.asked <= 64 * 64
+    assert sorted(b for share in shares for b in share) == blocks
+    loads = [sum(task.cost(u) for _, users in share for u in users) for share in shares]
+    assert max(loads) < 1.05 * min(loads)
+    assert deal(blocks, 2, Costs()) == shares
 
 
 class Line:
@@ -355,6 +374,34 @@ def test_what_cannot_be_taken_is_a_failed_user():
     assert collector.tallies[0].pop("fold_seconds") > 0
     assert collector.tallies[0] == {"failed_users": 2.0, "uplink_bytes": 32.0}
     assert collector.errors[1].startswith("user 4: WireError: ")
+
+
+def test_what_a_hundred_thousand_failed_users_say_takes_no_room():
+    class Everyone(Line):
+        def load_user(self, user, rng):
+            raise OSError(f"{user} " + 20_000 * "x")
+
+    task, method = Everyone(), averaging()
+    spec, layout = spec_of(method, task)
+    client, said = Client(Site(task, Replica(task.make_model())), spec), []
+    for workers in (1, 3):
+        collectors = [Collector(spec, layout) for _ in range(workers)]
+        tracemalloc.start()
+        for user in range(3000):
+            collectors[user % 64 % workers].take(user % 64, client.train_user(user))
+        parts = [collector.partial() for collector in collectors]
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 1_000_000 * workers  # all that they say is 60 MB
+        state = ServerState.initial(initial_params(task), method, layout)
+        plan = begin(method, state, layout, "s", "run")
+        outcome = finish(method, state, layout, plan, parts)
+        assert outcome.tally["failed_users"] == 3000.0
+        assert len(outcome.errors) == 100
+        assert outcome.errors[0].startswith("user 0: OSError: 0 xxx")
+        assert {len(line) for line in outcome.errors} == {1000}
+        said.append(outcome.state.params)
+    assert torch.equal(*said)
 
 
 def test_more_users_than_the_grid_holds_stop_the_round():

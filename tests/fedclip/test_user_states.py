@@ -35,6 +35,19 @@ def states(request, tmp_path):
     return StatesInMemory() if request.param == "memory" else StatesInFolder(tmp_path / "states")
 
 
+def test_of_a_hundred_million_users_only_those_who_took_part_cost_anything(tmp_path):
+    users = [0, 7, 99_999_999, 2**40]
+    states = StatesInFolder(tmp_path / "states")
+    for user in range(0, 10**8, 10**6 // 2):
+        assert states.load(user, 2, FRESH) is FRESH
+    assert not list(tmp_path.iterdir())  # who is only looked for leaves nothing
+    for user in users:
+        states.stage(user, 1, 0, state(user % 1000))
+    states.sync()
+    assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == len(users)
+    assert [value(states.load(user, 2, FRESH)) for user in users] == [user % 1000 for user in users]
+
+
 def test_a_user_that_was_never_seen_has_the_fresh_state(states):
     assert states.load(7, 1, FRESH) is FRESH
 
