@@ -147,7 +147,12 @@ class Processes:
     def start(self, job: Job) -> None:
         """Begin a job, in a new process where none is idle."""
         connection, process = self._idle.pop() if self._idle else self._spawn()
-        connection.send(job)
+        try:
+            connection.send(job)
+        except OSError:  # it died while it was idle
+            connection.close()
+            connection, process = self._spawn()
+            connection.send(job)
         self._busy[connection] = process, job.name
 
     def replies(self, seconds: float) -> list[Reply]:

@@ -295,12 +295,17 @@ class Deadly:
 def test_a_process_that_dies_is_replaced(file: Path, tmp_path: Path) -> None:
     pool = Processes(1)
     pool.start(Job("deadly", Deadly()))  # type: ignore[arg-type]
-    dead = pool.replies(60.0)
+    dead = pool.replies(300.0)
     done = tmp_path / "done"
     done.mkdir()
     (done / "summary.json").write_text('{"status": "done"}')
     pool.start(Job("done", read_sweep(file).trials[0].experiment, done, tmp_path / "log.txt"))
-    assert pool.replies(60.0) == [Reply("done", 0)]
+    assert pool.replies(300.0) == [Reply("done", 0)]
+    _, idle = pool._idle[0]
+    idle.kill()
+    idle.join()
+    pool.start(Job("done", read_sweep(file).trials[0].experiment, done, tmp_path / "log.txt"))
+    assert pool.replies(300.0) == [Reply("done", 0)]
     pool.close()
     assert [(reply.name, reply.status) for reply in dead] == [("deadly", 1)]
     assert f"ended by signal {signal.SIGABRT:d}" in dead[0].error
@@ -311,7 +316,7 @@ def test_trials_are_tasks_of_a_ray_cluster(file: Path, tmp_path: Path) -> None:
     trial = read_sweep(file, on_ray=True).trials[4]
     pool = RayTasks("auto", 1)
     pool.start(Job(trial.name, trial.experiment, tmp_path / "run", tmp_path / "log.txt"))
-    replies = pool.replies(120.0)
+    replies = pool.replies(500.0)
     pool.close()
     assert replies == [Reply(trial.name, 0)], (tmp_path / "log.txt").read_text()
     assert [row["round"] for row in read_metrics(tmp_path / "run")] == [1, 2, 3]
