@@ -129,7 +129,7 @@ def _await_room(workers: int, resources: Resources) -> None:
 def start_workers(app: str | ClientCallable, run_config: UserConfig, nodes: int, workers: int, resources: Resources) -> list[Any]:
     """Start the actors, without waiting for them."""
     register_arrays()
-    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(_own_paths())}
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(own_paths())}
     actor = ray.remote(Worker).options(
         num_cpus=resources.num_cpus,
         num_gpus=resources.num_gpus,
@@ -149,7 +149,7 @@ def register_arrays() -> None:
     )
 
 
-def _own_paths() -> list[str]:
+def own_paths() -> list[str]:
     """Return the import paths of this process that another one with the same Python would lack."""
     common = {*sysconfig.get_paths().values(), *site.getsitepackages(), site.getusersitepackages()}
     paths = [Path(path).absolute() for path in sys.path if not path.endswith(".zip")]

@@ -191,6 +191,31 @@ def plan(
 
 
 @app.command()
+def sweep(
+    sweep_file: Annotated[Path, typer.Argument(metavar="SWEEP.toml", help="the sweep file", show_default=False)],
+    out: Annotated[Path | None, typer.Option(help="the sweep folder; by default runs/NAME-DATE-TIME", show_default=False)] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with the sweep in --out, or in the folder of the file")] = False,
+    parallel: Annotated[int | None, typer.Option(min=0, help="trials at a time; 0: one a core", show_default=False)] = None,
+    ray_address: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="a Ray cluster whose tasks the trials are", show_default=False)
+    ] = None,
+    set_: Set = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the trials and what they vary")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run an experiment over and over with other settings: grids, lists and seeds, the trials side by side.
+
+    Examples: `fedclip sweep experiments/tradeoff.toml --dry-run`, `fedclip sweep runs/mine/sweep.toml --resume`
+
+    Exit status: 0 done, 1 a trial failed, 2 bad input, 130 interrupted.
+    """
+    from experiments.sweep import SweepArguments, sweep_command
+
+    arguments = SweepArguments(sweep_file, out, resume, tuple(set_ or ()), parallel, ray_address, dry_run, quiet)
+    raise typer.Exit(_guarded(lambda: sweep_command(arguments)))
+
+
+@app.command()
 def users(
     experiment: ExperimentFile,
     set_: Set = None,

@@ -1,6 +1,5 @@
 """`RunFolder`: the files that a run leaves behind. Other programs read them; docs/run-folder.md says what is in them."""
 
-import fcntl
 import json
 import math
 import os
@@ -23,7 +22,7 @@ from fedclip.config import Experiment
 from fedclip.layout import Layout
 from fedclip.model_file import save_model
 from fedclip.options import ConfigError
-from fedclip.storage import Storage
+from fedclip.storage import Storage, lock
 from strategies.naming import run_digest
 
 LEDGER, CHECKPOINTS, STATES = "ledger.jsonl", "checkpoints", "states"
@@ -130,24 +129,6 @@ class RunFolder:
 
 def _numbers(values: dict[str, Any]) -> dict[str, float]:
     return {name: value for name, value in values.items() if isinstance(value, int | float)}
-
-
-def lock(path: Path) -> int:
-    """Take a run folder for this process, for as long as the returned descriptor is open, and no longer than the process lives.
-
-    Raises:
-        ConfigError: another process has it.
-    """
-    descriptor = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        holder = os.read(descriptor, 32).decode("ascii", "replace").strip()
-        os.close(descriptor)
-        raise ConfigError(f"{path} is in use by the process {holder or '?'}; wait for it, or end it.") from None
-    os.truncate(descriptor, 0)
-    os.write(descriptor, str(os.getpid()).encode())
-    return descriptor
 
 
 def to_json(values: dict[str, Any], indent: int | None = None) -> str:

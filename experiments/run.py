@@ -290,4 +290,6 @@ def _summary(run: Run, status: str) -> dict[str, Any]:
         if extrapolated is not None:
             summary["extrapolated"] = extrapolated.plain()
         summary["privacy"] = STAMP
+    if status in ("failed", "too many users failed") and progress.errors:
+        summary["error"] = progress.errors[0]
     return summary | {k: v for k, v in progress.metrics.items() if k not in ("round", "attempt")}

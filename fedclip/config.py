@@ -221,24 +221,35 @@ def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
     Raises:
         ConfigError: no such file, not TOML, an unknown key or a value that is not allowed.
     """
+    values = read_toml(path)
+    if "base" in values and "task" not in values:
+        raise ConfigError(f"{path} is a sweep; try its experiments by: fedclip sweep {path}")
+    for override in overrides:
+        set_key(values, *read_override(override))
+    return make_experiment(values)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Return what an experiment or sweep file says.
+
+    Raises:
+        ConfigError: no such file, or not TOML.
+    """
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"No such experiment file: {path}; see the files in the folder experiments.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}.") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path} is not TOML: {error}.") from None
-    for override in overrides:
-        _override(values, override)
-    return make_experiment(values)
 
 
 def apply_overrides(experiment: Experiment, overrides: Sequence[str]) -> Experiment:
     """Return an experiment with some keys set anew, as `load_experiment` does."""
     values = experiment.plain()
     for override in overrides:
-        _override(values, override)
+        set_key(values, *read_override(override))
     return make_experiment(values)
 
 
@@ -275,28 +286,52 @@ def codec_stage(experiment: Experiment) -> dict[str, Any]:
     return {experiment.codec.name: dict(experiment.codec.model_extra or {})}
 
 
-def _override(values: dict[str, Any], override: str) -> None:
+def read_override(override: str) -> tuple[str, Any]:
+    """Return the key and the value of `"section.key=value"`, the value in TOML; a bare word is a string.
+
+    Raises:
+        ConfigError: it has no key or no value.
+    """
     key, equals, text = override.partition("=")
-    path = key.strip().split(".")
-    if not equals or not all(path):
+    if not equals or not all(key.strip().split(".")):
         raise ConfigError(f"Expected --set section.key=value, got '{override}'.")
     try:
-        value = tomllib.loads(f"value = {text.strip()}")["value"]
+        return key.strip(), tomllib.loads(f"value = {text.strip()}")["value"]
     except tomllib.TOMLDecodeError:
-        value = text.strip()
+        return key.strip(), text.strip()
+
+
+def set_key(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key of plain values, in place; a stage in a list is addressed by its name.
+
+    Raises:
+        ConfigError: there is no such stage, or what is above the key is no section.
+    """
+    place = _above(values, key)
+    place[key.rpartition(".")[2]] = value
+
+
+def drop_key(values: dict[str, Any], key: str) -> None:
+    """Take a dotted key out of plain values, in place, so that its default stands. Raises as `set_key`."""
+    _above(values, key).pop(key.rpartition(".")[2], None)
+
+
+def _above(values: dict[str, Any], key: str) -> dict[str, Any]:
+    """Return the section that a dotted key is in, made where it is not there."""
+    path = key.split(".")
     place: Any = values
     for part in path[:-1]:
         if isinstance(place, list):
             named = [item for item in place if isinstance(item, dict) and part in item]
             if not named:
                 raise ConfigError(
-                    f"--set {key}: no stage '{part}' in the list; it has {[next(iter(i), '') for i in place if isinstance(i, dict)]}."
+                    f"{key}: no stage '{part}' in the list; it has {[next(iter(i), '') for i in place if isinstance(i, dict)]}."
                 )
             place = named[0][part]
         elif isinstance(place, dict):
             place = place.setdefault(part, {})
         else:
-            raise ConfigError(f"--set {key}: '{part}' is no section, its value is {place!r}.")
+            raise ConfigError(f"{key}: '{part}' is no section, its value is {place!r}.")
     if not isinstance(place, dict):
-        raise ConfigError(f"--set {key}: expected a section above '{path[-1]}', got {place!r}.")
-    place[path[-1]] = value
+        raise ConfigError(f"{key}: expected a section above '{path[-1]}', got {place!r}.")
+    return place

@@ -4,9 +4,12 @@ Everything that must be there after a power cut goes through a `Storage`, so tha
 or refuses what was not synced. Imports no PyTorch.
 """
 
+import fcntl
 import os
 from collections.abc import Iterable
 from pathlib import Path
+
+from fedclip.options import ConfigError
 
 Chunk = bytes | memoryview
 
@@ -91,3 +94,21 @@ def append(storage: Storage, path: Path, data: bytes) -> None:
     storage.sync(path)
     if new:
         storage.sync_folder(path.parent)
+
+
+def lock(path: Path) -> int:
+    """Take a folder for this process, for as long as the returned descriptor is open, and no longer than the process lives.
+
+    Raises:
+        ConfigError: another process has it.
+    """
+    descriptor = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        holder = os.read(descriptor, 32).decode("ascii", "replace").strip()
+        os.close(descriptor)
+        raise ConfigError(f"{path} is in use by the process {holder or '?'}; wait for it, or end it.") from None
+    os.truncate(descriptor, 0)
+    os.write(descriptor, str(os.getpid()).encode())
+    return descriptor

@@ -1,4 +1,4 @@
-"""Every snippet of the documentation runs: Python as it stands, TOML as an experiment, commands as far as the options they name."""
+"""Every snippet of the documentation runs: Python as it stands, TOML as experiment or sweep, commands as far as the options they name."""
 
 import re
 import shlex
@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from experiments.cli import app
 from experiments.prepare import prepare
+from experiments.sweep_plan import read_sweep
 from fedclip.asr.languages import LANGUAGES, LATIN
 from fedclip.config import make_experiment
 from strategies.recipes import resolve
@@ -39,8 +40,12 @@ def test_python(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("text", snippets("toml"))
-def test_toml_is_an_experiment(text: str, tmp_path: Path) -> None:
+def test_toml_is_an_experiment_or_a_sweep(text: str, tmp_path: Path) -> None:
     values = tomllib.loads(text)
+    if "base" in values:
+        (tmp_path / "sweep.toml").write_text(text.replace('base = "', f'base = "{PROJECT}/experiments/'), encoding="utf-8")
+        assert len(read_sweep(tmp_path / "sweep.toml").trials) > 1
+        return
     if values["task"].get("data") == "idx":
         values["run"]["data_dir"] = str(write_idx_folder(tmp_path, train=200))
     kind = values["task"].get("corpus", {}).get("kind")
