@@ -1,0 +1,121 @@
+"""Workers that die, hang or are lost with their node cost time, and not a bit of the result."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from experiments.engines import OnGrid, open_engine
+from experiments.prepare import Prepared, prepare, read_experiment
+from experiments.run import row_of
+from fedclip.round import WorkerError
+from tests.tasks_that_fail import DIE, HANG
+
+
+def prepared_in(vision: Path, folder: Path, *overrides: str) -> Prepared:
+    folder.mkdir(exist_ok=True)
+    task = f"task={{name='tests.tasks_that_fail:make', arguments={{folder='{folder}'}}}}"
+    return prepare(read_experiment(vision, [task, *overrides]))
+
+
+def params_here(prepared: Prepared, rounds: int) -> torch.Tensor:
+    from fedclip.simulation import InProcess
+    from strategies.naming import run_digest
+
+    engine = InProcess(prepared.method, prepared.task, f"seed:{prepared.experiment.run.seed}", run_digest(prepared.experiment))
+    for _ in range(rounds):
+        engine.round()
+    return engine.state.params
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_worker_that_dies_and_one_that_hangs_are_replaced_and_change_no_bit(vision: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "orders"
+    faults = ["run.workers=2", "ray.deadline_seconds=5", "ray.retries=9", "ray.messages_per_worker=2"]
+    prepared = prepared_in(vision, folder, *faults)
+    with open_engine(prepared) as engine:
+        outcomes = []
+        for order in (None, DIE, HANG):
+            if order is not None:
+                (folder / order).touch()
+            outcomes.append(engine.round())
+            assert not list(folder.iterdir()), "a worker obeyed"
+        assert torch.equal(engine.state.params, params_here(prepared, 3))
+    died, hung = (row_of(outcome.tally, 2, 0, 1.0) for outcome in outcomes[1:])
+    assert min(died["workers_replaced"], hung["workers_replaced"]) >= 1
+    assert 1 <= died["blocks_redone"] < 9, "only those of one of its messages"
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_message_that_ends_every_worker_ends_the_round_and_names_the_worker(vision: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "orders"
+    with open_engine(prepared_in(vision, folder, "run.workers=1", "ray.retries=0")) as engine:
+        (folder / DIE).touch()
+        with pytest.raises(WorkerError, match=r"Worker 0 \(process \d+ on \S+\) died, perhaps for want of memory. 1 workers in turn"):
+            engine.round()
+
+
+@pytest.mark.slow
+def test_twenty_killed_workers_in_various_places_of_rounds_change_no_bit(vision: Path, tmp_path: Path, ray_session: None) -> None:
+    prepared = prepared_in(vision, tmp_path / "orders", "run.workers=2", "ray.retries=99", "local.steps=200", "sampler.cohort=20")
+    rng, kills, over = random.Random(3), list[float](), threading.Event()
+    with open_engine(prepared) as engine:
+        assert isinstance(engine, OnGrid)
+        crew = engine._grid._dispatcher.crew  # type: ignore[attr-defined]
+
+        def kill() -> None:
+            while len(kills) < 20:
+                time.sleep(rng.uniform(0.0, 1.5))
+                posts = list(crew.posts.values())
+                if posts:
+                    kills.append(time.monotonic())
+                    os.kill(rng.choice(posts).pid, signal.SIGKILL)
+                while len(crew.posts) < 2 and rng.random() < 0.9 and not over.is_set():  # now and then both are gone at once
+                    time.sleep(0.1)
+
+        killer = threading.Thread(target=kill)
+        killer.start()
+        tallies = []
+        try:
+            while killer.is_alive() or len(tallies) < 3:
+                tallies.append(engine.round().tally)
+        finally:
+            over.set()
+        rounds, params = engine.state.round, engine.state.params
+    replaced, redone = (sum(float(t.get(name, 0.0)) for t in tallies) for name in ("workers_replaced", "blocks_redone"))  # type: ignore[arg-type]
+    print(f"{len(kills)} kills in {rounds} rounds, {replaced:g} replaced in them, {redone:g} blocks redone")
+    assert replaced >= 15, "others died when nobody looked"
+    assert torch.equal(params, params_here(prepared, rounds))
+
+
+@pytest.mark.slow
+def test_two_nodes_of_which_one_is_lost_in_a_round_and_another_comes(vision: Path, tmp_path: Path) -> None:
+    short = Path("/tmp") / f"fc{os.getpid()}"  # names of sockets are short
+    driver = Path(__file__).with_name("cluster_driver.py")
+    done = subprocess.run(
+        [sys.executable, str(driver), str(vision), str(tmp_path)],
+        env=os.environ | {"RAY_TMPDIR": str(short), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stderr
+    seen: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    print(seen)
+    assert seen["equal"]
+    assert seen["states_equal"]
+    assert seen["states"] > 50
+    assert seen["machines"] == seen["heard"] == 2
+    assert (seen["puts"], seen["copies"]) == (1, 2), "the model is stored once, and goes once to each node"
+    assert seen["workers"] == [2, 1, 2], "both; one is lost; another came"
+    assert seen["faults"][0] == 1
+    assert seen["faults"][1] >= 1
