@@ -202,11 +202,12 @@ class Dispatcher:
                 self._land(ref)
             else:
                 self._welcome(ref)
-        for ref, flight in list(self._flights.items()):
-            # Twice as long each time, as a new worker has more to do at first: it builds its task.
-            limit = math.inf if self._deadline is None else self._deadline * 2.0**flight.parcel.losses
-            if time.monotonic() - flight.since > limit:
-                self._lose(ref, f"took over {limit:g} s over this message; where nothing hangs, raise the deadline.")
+        with self.changed:
+            for ref, flight in list(self._flights.items()):
+                # Twice as long each time, as a new worker has more to do at first: it builds its task.
+                limit = math.inf if self._deadline is None else self._deadline * 2.0**flight.parcel.losses
+                if time.monotonic() - flight.since > limit:
+                    self._lose(ref, f"took over {limit:g} s over this message; where nothing hangs, raise the deadline.")
 
     def _welcome(self, ref: Any) -> None:
         with self.changed:
