@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -133,14 +134,14 @@ def test_a_worker_killed_in_mid_message_does_it_again(grid, tmp_path):
 
 
 def test_a_worker_that_hangs_meets_its_deadline_and_another_does_its_message(ray_session, tmp_path):
-    with RayGrid(APP, nodes=1, workers=1, deadline=1.0) as grid:
+    with RayGrid(APP, nodes=1, workers=1, deadline=0.5) as grid:
         [reply] = grid.send_and_receive(ask(grid, "hang", times=1, folder=str(tmp_path)), timeout=30)
-        assert reply.content["metrics"]["tries"] == 2
-        assert grid.take_faults()[0] == 1
+        assert reply.content["metrics"]["tries"] >= 2
+        assert grid.take_faults()[0] >= 1
         [reply] = grid.send_and_receive(ask(grid, "hang", times=99, folder=str(tmp_path)), timeout=60)
         assert reply.error.code == ErrorCode.CLIENT_APP_CRASHED
         assert "Worker 0 (process" in reply.error.reason
-        assert "took over 4 s over this message; where nothing hangs, raise the deadline. 3 workers in turn" in reply.error.reason
+        assert "took over 2 s over this message; where nothing hangs, raise the deadline. 3 workers in turn" in reply.error.reason
 
 
 def test_nodes_are_those_of_the_workers_that_are_up(ray_session):
@@ -159,11 +160,18 @@ def test_nodes_are_those_of_the_workers_that_are_up(ray_session):
 def test_replies_stream_one_by_one_and_stay_on_the_cluster_till_then(grid):
     messages = ask(grid, "large", bytes=10_000_000)
     stream = grid.stream(messages)
-    first = next(stream)
+    sizes = [len(next(stream).content["arrays"]["x"].data)]
     assert wait_for(lambda: len(grid._dispatcher._landed) == 3)
     assert all(isinstance(landed.reply, ray.ObjectRef) for landed in grid._dispatcher._landed.values())
-    rest = list(stream)
-    assert {len(reply.content["arrays"]["x"].data) for reply in [first, *rest]} == {10_000_000}
+    tracemalloc.start()
+    try:
+        for reply in stream:
+            sizes.append(len(reply.content["arrays"]["x"].data))
+            del reply
+        assert 10e6 < tracemalloc.get_traced_memory()[1] < 19e6, "one at a time"
+    finally:
+        tracemalloc.stop()
+    assert sizes == [10_000_000] * 4
     assert not grid._dispatcher._landed
 
 

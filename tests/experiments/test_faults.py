@@ -38,21 +38,29 @@ def params_here(prepared: Prepared, rounds: int) -> torch.Tensor:
 
 
 @pytest.mark.usefixtures("ray_session")
-def test_a_worker_that_dies_and_one_that_hangs_are_replaced_and_change_no_bit(vision: Path, tmp_path: Path) -> None:
+def test_a_worker_that_dies_is_replaced_and_changes_no_bit(vision: Path, tmp_path: Path) -> None:
     folder = tmp_path / "orders"
-    faults = ["run.workers=2", "ray.deadline_seconds=5", "ray.retries=9", "ray.messages_per_worker=2"]
-    prepared = prepared_in(vision, folder, *faults)
+    prepared = prepared_in(vision, folder, "run.workers=2", "ray.messages_per_worker=2")
     with open_engine(prepared) as engine:
-        outcomes = []
-        for order in (None, DIE, HANG):
-            if order is not None:
-                (folder / order).touch()
-            outcomes.append(engine.round())
-            assert not list(folder.iterdir()), "a worker obeyed"
-        assert torch.equal(engine.state.params, params_here(prepared, 3))
-    died, hung = (row_of(outcome.tally, 2, 0, 1.0) for outcome in outcomes[1:])
-    assert min(died["workers_replaced"], hung["workers_replaced"]) >= 1
-    assert 1 <= died["blocks_redone"] < 9, "only those of one of its messages"
+        engine.round()
+        (folder / DIE).touch()
+        row = row_of(engine.round().tally, 2, 0, 1.0)
+        assert not list(folder.iterdir()), "a worker obeyed"
+        assert torch.equal(engine.state.params, params_here(prepared, 2))
+    assert row["workers_replaced"] == 1
+    assert 1 <= row["blocks_redone"] < 9, "those of one of its messages"
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_worker_that_hangs_is_replaced_and_changes_no_bit(vision: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "orders"
+    prepared = prepared_in(vision, folder, "run.workers=2", "ray.deadline_seconds=4", "ray.retries=9")
+    (folder / HANG).touch()
+    with open_engine(prepared) as engine:
+        row = row_of(engine.round().tally, 1, 0, 1.0)
+        assert not list(folder.iterdir()), "a worker obeyed"
+        assert torch.equal(engine.state.params, params_here(prepared, 1))
+    assert row["workers_replaced"] >= 1, "a busy machine may have more"
 
 
 @pytest.mark.usefixtures("ray_session")
@@ -119,3 +127,26 @@ def test_two_nodes_of_which_one_is_lost_in_a_round_and_another_comes(vision: Pat
     assert seen["workers"] == [2, 1, 2], "both; one is lost; another came"
     assert seen["faults"][0] == 1
     assert seen["faults"][1] >= 1
+
+
+def test_the_command_line_names_a_cluster(vision: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from typer.testing import CliRunner
+
+    from experiments import cli, commands
+
+    asked = []
+    monkeypatch.setattr(commands, "run_command", lambda experiment, *_: asked.append(experiment) or 0)
+    assert CliRunner().invoke(cli.app, ["run", str(vision), "--ray-address", "10.0.0.1:6379"]).exit_code == 0
+    assert asked[0].ray.address == "10.0.0.1:6379"
+
+
+def test_faults_are_counted_over_the_run_and_shown_only_where_there_were_any() -> None:
+    from experiments.progress import Progress
+    from fedclip.round import Outcome
+
+    progress = Progress()
+    for tally in ({}, {"workers_replaced": 1.0, "blocks_redone": 4.0}, {"workers_replaced": 2.0}):
+        progress.add(Outcome(None, {"users": 1.0, **tally}, ()))  # type: ignore[arg-type]  # the state does not matter
+    assert progress.faults == {"workers_replaced": 3, "blocks_redone": 4}
+    assert Progress(**progress.plain()) == progress
+    assert not {"workers_replaced", "blocks_redone"} & row_of({"users": 1.0}, 1, 0, 1.0).keys()
