@@ -1,18 +1,17 @@
 """The ClientApp: trains and evaluates whatever users a message names. The same app serves simulations and devices."""
 
 from functools import lru_cache
-from pathlib import Path
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from clients import messages
+from clients.states import states_at
 from fedclip.client import Client, Site, evaluate_units, train_blocks
 from fedclip.codec import DenseCodec
 from fedclip.process import settle_process
 from fedclip.replica import Replica
 from fedclip.tasks.build import TaskRecipe
-from fedclip.user_states import StatesInFolder
 
 app = ClientApp()
 
@@ -31,7 +30,7 @@ def train(message: Message, context: Context) -> Message:
     """Train the users of a request one after another; reply with their exact sum, or with each encoded update."""
     request = messages.read_train_request(message.content)
     site = resident(request.task, request.device)
-    states = StatesInFolder(Path(request.states)) if request.states else None
+    states = states_at(request.states)
     if request.reply == "sums":
         return Message(messages.sums_reply(train_blocks(site, request.spec, request.blocks, states)), reply_to=message)
     client = Client(site, request.spec, states)

@@ -26,8 +26,8 @@ BYTES_TYPE = "fedclip.bytes"
 class TrainRequest:
     """Train the users of some blocks.
 
-    `reply` is `"sums"` or `"updates"`; `task` is a recipe as JSON; `states` is the folder of the users' states in a simulation, empty
-    where the chain has none.
+    `reply` is `"sums"` or `"updates"`; `task` is a recipe as JSON; `states` is where the users' states are in a simulation
+    (`clients.states`), empty where the chain has none.
     """
 
     spec: RoundSpec

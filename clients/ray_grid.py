@@ -1,28 +1,29 @@
 """`RayGrid`: a Flower `Grid` whose nodes live on Ray actors. It knows Flower and Ray, and nothing of models, methods or tasks."""
 
 import copy
-import threading
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, cast
 from uuid import uuid4
 
 import ray
-from flwr.app import ArrayRecord, Context, Error, Message, RecordDict, UserConfig
-from flwr.common.constant import ErrorCode
+from flwr.app import ArrayRecord, Context, Message, RecordDict, UserConfig
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
-from clients.identity import SERVER_NODE_ID, Identity, assume, number, stripped
-from clients.lanes import FIRST_NODE_ID, Lanes, Parcel
-from clients.ray_worker import ONE_CORE, TASK_RETRIES, ClientCallable, Resources, join_ray, start_workers
+from clients.identity import SERVER_NODE_ID, Identity, assume, stripped
+from clients.lanes import FIRST_NODE_ID, Parcel
+from clients.ray_crew import Crew
+from clients.ray_dispatch import Dispatcher
+from clients.ray_worker import ONE_CORE, ClientCallable, Resources, join_ray, worker_starter
 
 __all__ = ["FIRST_NODE_ID", "RayGrid", "Resources"]
 
 KEPT_IDS = 2_000_000  # so many node ids are kept, at 40 bytes each, as Flower's strategies list them all four times a round
-POLL_SECONDS = 0.1  # what is sent while others run is listened for after this at the latest
+RETRIES = 2
+MOST_NODES = 2**31
 
 
 class RayGrid(Grid):
@@ -30,12 +31,16 @@ class RayGrid(Grid):
 
     Registered nodes cost nothing: ids are arithmetic, and only nodes with a non-empty `Context.state` are remembered. A message goes to
     the next free worker; with as many nodes as workers always to the same one, so that a node finds what it left in that process. A
-    worker that died is started anew, and its message done again. What the app raises comes back as a Flower error reply.
+    worker that died or hangs is replaced, and its message done again by whoever is free first, before all others. What the app raises
+    comes back as a Flower error reply. A reply stays on the cluster until it is taken.
 
     Args:
         client_app: `"module:attribute"`, imported by each worker, or a `ClientApp` that pickles.
-        nodes: Registered nodes, at least 1: ids from `FIRST_NODE_ID` on, partitions from 0 on.
-        workers: Ray actors, at least 1.
+        nodes: Registered nodes, at least 1: ids from `FIRST_NODE_ID` on, partitions from 0 on. None: those of the workers that are up,
+            `nodes_per_worker` each, whatever comes and goes.
+        workers: Ray actors, at least 1. None: as many as the cluster has room for, whatever comes and goes.
+        fewest: As many must have room for the grid to begin; by default all of them, or 1 where they follow the cluster.
+        nodes_per_worker: With `nodes` None. With more than 1 a node has no worker of its own: who is done early takes the next message.
         run_config: What client apps see as `context.run_config`.
         resources: What Ray sets aside for each worker.
         address: A Ray cluster (`"auto"`, `"host:port"`); by default `$RAY_ADDRESS`, and without it Ray is started here. Ignored, as are
@@ -43,6 +48,9 @@ class RayGrid(Grid):
         run_id: Flower's number of the run.
         object_store_bytes: Upper limit of the shared memory of a Ray started here; it's taken as it is used.
         log_to_driver: Show what workers print.
+        deadline: Seconds that a worker may take over one message, twice as many each time it is done again; then it counts as hung.
+            None: any time.
+        retries: So often a message whose worker was lost is done again; then it's an error, as it may be what kills the worker.
 
     Raises:
         ValueError: A number out of range, a reference without a colon, or a Ray too small for the workers.
@@ -52,58 +60,61 @@ class RayGrid(Grid):
         self,
         client_app: str | ClientCallable,
         *,
-        nodes: int,
-        workers: int,
+        nodes: int | None,
+        workers: int | None,
+        fewest: int | None = None,
+        nodes_per_worker: int = 1,
         run_config: UserConfig | None = None,
         resources: Resources = ONE_CORE,
         address: str | None = None,
         run_id: int = 1,
         object_store_bytes: int = 2**30,
         log_to_driver: bool = False,
+        deadline: float | None = None,
+        retries: int = RETRIES,
     ) -> None:
         """Start the workers, and Ray if need be."""
-        for name, value in (("nodes", nodes), ("workers", workers)):
-            if value < 1:
-                raise ValueError(f"Expected {name} >= 1, got {value}. A grid needs a node to send to and a worker to run it.")
-        if isinstance(client_app, str) and not all(client_app.partition(":")):
-            raise ValueError(f"Expected client_app as 'module:attribute', got {client_app!r}. Name a module, a colon and its ClientApp.")
-        self._nodes, self._run_config = range(FIRST_NODE_ID, FIRST_NODE_ID + nodes), dict(run_config or {})
-        self._ids = tuple(self._nodes) if nodes <= KEPT_IDS else self._nodes
+        _check_numbers(client_app, nodes, workers, resources)
+        self._nodes = range(FIRST_NODE_ID, FIRST_NODE_ID + (MOST_NODES if nodes is None else nodes))
+        self._ids: Sequence[int] = tuple(self._nodes) if len(self._nodes) <= KEPT_IDS else self._nodes
+        self._each = nodes_per_worker if nodes is None else None
+        self._run_config = dict(run_config or {})
         self._run = Run.create_empty(run_id)
-        self._changed = threading.Condition()  # guards what follows, up to the thread
-        self._lanes = Lanes(workers, pinned=nodes == workers)
-        self._flights: dict[Any, tuple[int, Parcel]] = {}
-        self._awaited: set[str] = set()
-        self._replies: dict[str, Message] = {}  # in order of arrival
-        self._states: dict[int, RecordDict] = {}
         self._closed = False
-        self._failure: BaseException | None = None
-        self._thread = threading.Thread(target=self._serve, name="ray-grid", daemon=True)
-        self._workers: list[Any] = []
+        self._dispatcher: Dispatcher | None = None
         self._before = assume(Identity(run_id, SERVER_NODE_ID))
         self._owns_ray = not ray.is_initialized()
         try:
-            join_ray(address, workers, resources, object_store_bytes, log_to_driver)
-            self._workers = start_workers(client_app, self._run_config, nodes, workers, resources)
+            join_ray(address, workers, fewest or workers or 1, resources, object_store_bytes, log_to_driver)
+            start = worker_starter(client_app, self._run_config, 0 if nodes is None else nodes, resources)
+            pinned = nodes_per_worker == 1 if nodes is None else nodes == workers
+            self._dispatcher = Dispatcher(Crew(start, workers, resources), run_id=run_id, pinned=pinned, deadline=deadline, retries=retries)
+            if nodes is None:
+                self._dispatcher.settle()
         except BaseException:
             self.close()
             raise
-        self._thread.start()
 
     def set_run(self, run: Run) -> None:
         """Set the run; a run of another number finds no node states."""
         if not isinstance(run, Run):
             raise TypeError(f"Expected a flwr Run, got {type(run).__name__}. Run.create_empty(run_id) makes one.")
-        with self._changed:
-            if run.run_id != self._run.run_id:
-                self._states.clear()
-            self._run = copy.copy(run)
+        at_work = self._at_work
+        with at_work.changed:
+            if run.run_id != at_work.run_id:
+                at_work.states.clear()
+            at_work.run_id, self._run = run.run_id, copy.copy(run)
         assume(Identity(run.run_id, SERVER_NODE_ID))
 
     @property
     def run(self) -> Run:
         """A copy of the run's information."""
         return copy.copy(self._run)
+
+    @property
+    def workers(self) -> int:
+        """How many workers are up."""
+        return len(self._at_work.crew.posts)
 
     def context(self) -> Context:
         """Return a fresh `Context` to start a ServerApp with: `server_app(grid, grid.context())`."""
@@ -114,8 +125,21 @@ class RayGrid(Grid):
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
-        """Return all node ids: up to `KEPT_IDS` as a tuple, which is listed several times as fast as a range, and beyond as a range."""
-        return self._ids
+        """Return all node ids, up to `KEPT_IDS` as a tuple, which is listed much faster than a range; where they are those of the workers that are up, wait until one is."""
+        if self._each is None:
+            return self._ids
+        workers = self._at_work.up()
+        return [FIRST_NODE_ID + worker for worker in workers] if self._each == 1 else self._nodes[: self._each * len(workers)]
+
+    def node_name(self, node: int) -> str:
+        """Return for people which worker a node has for itself, and where; else its number."""
+        at_work = self._at_work
+        with at_work.changed:
+            return at_work.crew.name(node - FIRST_NODE_ID) if at_work.pinned else f"node {node}"
+
+    def take_faults(self) -> tuple[int, list[str]]:
+        """Return how many workers were replaced since the last time, and the ids of the messages that were done again, once each time."""
+        return self._at_work.take_faults()
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Hand messages over to be run, and return their ids.
@@ -125,60 +149,52 @@ class RayGrid(Grid):
             RuntimeError: The grid is closed, or Ray has failed.
         """
         parcels = self._pack(list(messages))
-        message_ids = [parcel.message.metadata.message_id for parcel in parcels]
-        with self._changed:
-            self._check()
-            self._awaited.update(message_ids)
-            for parcel in parcels:
-                self._lanes.push(parcel)
-            self._dispatch()
-            self._changed.notify_all()
-        return message_ids
+        self._at_work.submit(parcels)
+        return [parcel.id for parcel in parcels]
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Return at once the replies that are there, in order of arrival; each is returned once."""
-        with self._changed:
-            self._check()
-            wanted = message_ids if isinstance(message_ids, set) else set(message_ids)
-            found = [message_id for message_id in self._replies if message_id in wanted]
-            return [self._replies.pop(message_id) for message_id in found]
+        wanted = message_ids if isinstance(message_ids, set) else set(message_ids)
+        return [reply for landed in self._at_work.ready(wanted) if (reply := self._at_work.fetch(landed)) is not None]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """Push messages and wait for the replies, `timeout` seconds at most; return them in order of arrival.
 
         Messages that no worker has begun by then are dropped; the others run to their end, unheard.
         """
+        return list(self.stream(messages, timeout=timeout))
+
+    def stream(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
+        """Do as `send_and_receive`, but yield each reply as it comes, and hold none of them."""
         deadline = None if timeout is None else time.monotonic() + timeout
         waiting = set(self.push_messages(messages))
-        replies: list[Message] = []
         try:
-            while waiting and (deadline is None or time.monotonic() < deadline):
-                left = None if deadline is None else deadline - time.monotonic()
-                with self._changed:
-                    self._changed.wait_for(lambda: self._failure or self._closed or any(key in waiting for key in self._replies), left)
-                arrived = list(self.pull_messages(waiting))
-                waiting.difference_update(reply.metadata.reply_to_message_id for reply in arrived)
-                replies += arrived
+            while waiting:
+                left = None if deadline is None else max(0.0, deadline - time.monotonic())
+                landed = self._at_work.first(waiting, left)
+                if landed is None:
+                    break
+                reply = [self._at_work.fetch(landed)]
+                del landed
+                if reply[0] is not None:
+                    waiting.remove(reply[0].metadata.reply_to_message_id)
+                    yield cast(Message, reply.pop())
         finally:  # also on Ctrl-C
-            if waiting:
-                self._forget(waiting)
-        return replies
+            if waiting and not self._closed:
+                self._at_work.forget(waiting)
 
     def close(self) -> None:
         """End the workers, and Ray if this grid started it."""
-        with self._changed:
-            if self._closed:
-                return
-            self._closed = True
-            self._changed.notify_all()
-        if self._thread.is_alive():
-            self._thread.join()
+        if self._closed:
+            return
+        self._closed = True
+        if self._dispatcher is not None:
+            self._dispatcher.close()
         if ray.is_initialized() and self._owns_ray:
             ray.shutdown()  # ends the actors too; killed one by one at work, each would be reported on the terminal
-        elif ray.is_initialized():
-            for worker in self._workers:
+        elif ray.is_initialized() and self._dispatcher is not None:
+            for worker in self._dispatcher.crew.actors.values():
                 ray.kill(worker)
-        self._flights.clear()
         assume(self._before)
 
     def __enter__(self) -> Self:
@@ -189,11 +205,11 @@ class RayGrid(Grid):
         """Close the grid."""
         self.close()
 
-    def _check(self) -> None:
-        if self._closed:
-            raise RuntimeError("Expected an open RayGrid, got a closed one. Use it inside its `with` block.")
-        if self._failure is not None:
-            raise RuntimeError(f"Ray failed under this grid: {self._failure!r}. Close the grid and start a new one.") from self._failure
+    @property
+    def _at_work(self) -> Dispatcher:
+        if self._dispatcher is None:
+            raise RuntimeError("Expected an open RayGrid, got one that could not be opened.")
+        return self._dispatcher
 
     def _pack(self, messages: list[Message]) -> list[Parcel]:
         for message in messages:
@@ -214,66 +230,12 @@ class RayGrid(Grid):
             parcels.append(Parcel(message.metadata.dst_node_id, stripped(message, str(uuid4())), tuple(message.content), records))
         return parcels
 
-    def _forget(self, message_ids: set[str]) -> None:
-        with self._changed:
-            self._awaited -= message_ids
-            self._lanes.drop(message_ids)
-            for message_id in message_ids & self._replies.keys():
-                del self._replies[message_id]
 
-    def _dispatch(self) -> None:
-        for worker, parcel in self._lanes.pairs():
-            ref = self._workers[worker].run.remote(parcel.message, self._states.get(parcel.node), parcel.names, *parcel.records)
-            self._flights[ref] = worker, parcel
-
-    def _serve(self) -> None:
-        """Hand messages out as workers get free, so that they run whether or not the driver is waiting."""
-        try:
-            while not self._closed:
-                with self._changed:
-                    self._changed.wait_for(lambda: self._flights or self._closed)
-                self._listen()
-        except Exception as error:  # noqa: BLE001  told to the driver, which waits
-            with self._changed:
-                self._failure = error
-                self._changed.notify_all()
-
-    def _listen(self) -> None:
-        with self._changed:
-            flying = list(self._flights)
-        done = ray.wait(flying, num_returns=1, timeout=POLL_SECONDS)[0] if flying else []
-        with self._changed:
-            landed = [(ref, *self._flights.pop(ref)) for ref in done]
-            for _, worker, _ in landed:
-                self._lanes.free(worker)
-            self._dispatch()  # before the reply is read, so that the worker needn't wait for that
-        for ref, _, parcel in landed:
-            self._land(parcel, *_receive(ref, parcel))
-
-    def _land(self, parcel: Parcel, reply: Message, state: RecordDict | None) -> None:
-        meta = parcel.message.metadata
-        with self._changed:
-            if state is not None and meta.run_id == self._run.run_id:
-                self._states.pop(parcel.node, None)
-                if state:
-                    self._states[parcel.node] = state
-            if meta.message_id in self._awaited:
-                self._awaited.remove(meta.message_id)
-                self._replies[meta.message_id] = reply
-            self._lanes.release(parcel.node)
-            self._dispatch()
-            self._changed.notify_all()
-
-
-def _receive(ref: Any, parcel: Parcel) -> tuple[Message, RecordDict | None]:
-    """Return a worker's reply and state, or an error reply if it has none."""
-    try:
-        reply, state = ray.get(ref)
-    except ray.exceptions.RayActorError as error:
-        reason = f"The worker died {TASK_RETRIES + 1} times over this message, perhaps for want of memory: {error}"
-        return Message(Error(ErrorCode.CLIENT_APP_CRASHED, reason), reply_to=parcel.message), None
-    except ray.exceptions.RayError as error:
-        reason = f"Ray could not run this message or return its reply: {error}"
-        return Message(Error(ErrorCode.UNKNOWN, reason), reply_to=parcel.message), None
-    number(reply, str(uuid4()))
-    return reply, state
+def _check_numbers(client_app: str | ClientCallable, nodes: int | None, workers: int | None, resources: Resources) -> None:
+    for name, value in (("nodes", nodes), ("workers", workers)):
+        if value is not None and value < 1:
+            raise ValueError(f"Expected {name} >= 1, got {value}. A grid needs a node to send to and a worker to run it.")
+    if workers is None and not resources.num_cpus and not resources.num_gpus:
+        raise ValueError("Expected a number of workers where they take neither cores nor GPUs: any number has room on the cluster.")
+    if isinstance(client_app, str) and not all(client_app.partition(":")):
+        raise ValueError(f"Expected client_app as 'module:attribute', got {client_app!r}. Name a module, a colon and its ClientApp.")

@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import site
+import socket
 import sys
 import sysconfig
 import time
@@ -24,7 +25,6 @@ from clients.identity import Identity, assume
 from clients.lanes import FIRST_NODE_ID
 
 ROOM_SECONDS = 20.0  # how long to wait for cores and GPUs that others hold
-TASK_RETRIES = 2  # so often a message whose worker died is done again; then it's an error, as it may be what kills the worker
 ClientCallable = Callable[[Message, Context], Message]
 
 
@@ -68,12 +68,20 @@ class Worker:
         if "torch" in sys.modules:  # an app that imports it later finds OMP_NUM_THREADS
             sys.modules["torch"].set_num_threads(1)
 
-    def run(self, message: Message, state: RecordDict | None, names: tuple[str, ...], *records: Any) -> tuple[Message, RecordDict | None]:
-        """Run the app on a message; return its reply and the node's new state, None (as it was) if the app failed."""
+    def where(self) -> tuple[str, str, int]:
+        """Return the id of this worker's Ray node, the name of its machine and its process: an answer says that it is up."""
+        return ray.get_runtime_context().get_node_id(), socket.gethostname(), os.getpid()
+
+    @ray.method(num_returns=2)
+    def run(self, message: Message, state: RecordDict | None, names: tuple[str, ...], *records: Any) -> tuple[RecordDict | None, Message]:
+        """Run the app on a message; return the node's new state, None (as it was) if the app failed, and the reply.
+
+        Two results: the reply may be large, and stays where it is until the server takes it.
+        """
         meta = message.metadata
         assume(Identity(meta.run_id, meta.dst_node_id))
         if self._app is None:
-            return Message(Error(ErrorCode.LOAD_CLIENT_APP_EXCEPTION, self._failure), reply_to=message), None
+            return None, Message(Error(ErrorCode.LOAD_CLIENT_APP_EXCEPTION, self._failure), reply_to=message)
         config: UserConfig = {"partition-id": meta.dst_node_id - FIRST_NODE_ID, "num-partitions": self._nodes}
         context = Context(meta.run_id, meta.dst_node_id, config, RecordDict() if state is None else state, dict(self._run_config))
         try:
@@ -82,15 +90,17 @@ class Worker:
             if not isinstance(reply, Message) or reply.metadata.reply_to_message_id != meta.message_id:
                 raise TypeError(f"Expected the client app to return Message(content, reply_to=message), got {type(reply).__name__}.")
         except (Exception, SystemExit) as error:  # noqa: BLE001  an exit would end the actor, unexplained
-            return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, _reason(error)), reply_to=message), None
-        return reply, context.state
+            return None, Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, _reason(error)), reply_to=message)
+        return context.state, reply
 
 
-def join_ray(address: str | None, workers: int, resources: Resources, object_store_bytes: int, log_to_driver: bool) -> None:
+def join_ray(
+    address: str | None, workers: int | None, fewest: int, resources: Resources, object_store_bytes: int, log_to_driver: bool
+) -> None:
     """Start Ray, or connect to a cluster, unless this process has done so; quietly, and with no more cores than the workers need.
 
     Raises:
-        ValueError: Ray has too little for the workers, or too little of it free.
+        ValueError: Ray has too little for the fewest workers to begin with, or too little of it free.
     """
     if not ray.is_initialized():
         # Ray reads both from the environment only: it would report usage to its makers, and warn of a default that is to change.
@@ -98,12 +108,12 @@ def join_ray(address: str | None, workers: int, resources: Resources, object_sto
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         where = address or os.environ.get("RAY_ADDRESS") or "local"
         room: dict[str, Any] = {}
-        if where == "local":
+        if where == "local" and workers is not None:
             room = {"num_cpus": max(workers, math.ceil(workers * resources.num_cpus)), "object_store_memory": object_store_bytes}
             if not resources.num_gpus:
                 room["num_gpus"] = 0
         ray.init(address=where, include_dashboard=False, log_to_driver=log_to_driver, logging_level=logging.ERROR, **room)
-    _await_room(workers, resources)
+    _await_room(fewest, resources)
 
 
 def _await_room(workers: int, resources: Resources) -> None:
@@ -126,20 +136,27 @@ def _await_room(workers: int, resources: Resources) -> None:
         time.sleep(0.05)
 
 
-def start_workers(app: str | ClientCallable, run_config: UserConfig, nodes: int, workers: int, resources: Resources) -> list[Any]:
-    """Start the actors, without waiting for them."""
+def room_for_workers(resources: Resources) -> int:
+    """Return how many workers the machines of the cluster have room for, each with its own cores and GPUs, whoever uses them now."""
+    needs = {name: each for name, each in (("CPU", resources.num_cpus), ("GPU", resources.num_gpus)) if each}
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]  # Ray gives it no types
+    return sum(min(int(machine.get(name, 0.0) / each + 1e-6) for name, each in needs.items()) for machine in machines)
+
+
+def worker_starter(app: str | ClientCallable, run_config: UserConfig, nodes: int, resources: Resources) -> Callable[[], Any]:
+    """Return a function that starts an actor, without waiting for it. What becomes of one that dies is left to whoever started it."""
     register_arrays()
     environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(own_paths())}
     actor = ray.remote(Worker).options(
         num_cpus=resources.num_cpus,
         num_gpus=resources.num_gpus,
-        max_restarts=-1,
-        max_task_retries=TASK_RETRIES,
+        max_restarts=0,
+        max_task_retries=0,
         runtime_env={"env_vars": environment},
     )
     # As bytes, so that what can't be unpickled there is answered by the actor rather than ending it.
     portable = app if isinstance(app, str) else cast(bytes, ray.cloudpickle.dumps(app))  # type: ignore[no-untyped-call]  # Ray gives it no types
-    return [actor.remote(portable, run_config, nodes) for _ in range(workers)]
+    return lambda: actor.remote(portable, run_config, nodes)
 
 
 def register_arrays() -> None:

@@ -32,7 +32,10 @@ Rounds = Annotated[int | None, typer.Option(help="rounds to run", show_default=F
 DataDir = Annotated[Path | None, typer.Option(help="folder of recordings, read in place", show_default=False)]
 Out = Annotated[Path | None, typer.Option(help="the run folder; by default runs/NAME-DATE-TIME", show_default=False)]
 Seed = Annotated[int | None, typer.Option(help="seed of all randomness", show_default=False)]
-Workers = Annotated[int | None, typer.Option(help="worker processes; 0: one a core", show_default=False)]
+Workers = Annotated[int | None, typer.Option(help="worker processes; 0: one a core, or as many as a cluster holds", show_default=False)]
+RayAddress = Annotated[
+    str | None, typer.Option(metavar="ADDRESS", help="a running Ray cluster, as host:port or auto; its workers train", show_default=False)
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="print the end only")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON")]
 
@@ -83,15 +86,18 @@ def run(
     out: Out = None,
     seed: Seed = None,
     workers: Workers = None,
+    ray_address: RayAddress = None,
     quiet: Quiet = False,
 ) -> None:
     """Run an experiment by federated learning, on Ray.
 
-    Examples: `fedclip run experiments/vision.toml --set local.lr=0.05 --rounds 20`, `fedclip run --resume runs/mine --rounds 40`
+    Examples: `fedclip run experiments/vision.toml --set local.lr=0.05 --rounds 20`, `fedclip run --resume runs/mine --rounds 40`,
+    `fedclip run experiments/vision.toml --ray-address 10.0.0.1:6379`
 
     Exit status: 0 done, 1 too many users failed, 2 bad input, 130 interrupted.
     """
-    checked, path = _new_or_resumed("run", experiment, resume, set_, data_dir, rounds=rounds, out=out, seed=seed, workers=workers)
+    changed = [*(set_ or []), *([] if ray_address is None else [f"ray.address={json.dumps(ray_address)}"])]
+    checked, path = _new_or_resumed("run", experiment, resume, changed, data_dir, rounds=rounds, out=out, seed=seed, workers=workers)
     from experiments.commands import run_command
 
     raise typer.Exit(_guarded(lambda: run_command(checked, path, quiet, resume is not None)))

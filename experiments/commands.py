@@ -6,7 +6,7 @@ import signal
 from pathlib import Path
 
 from experiments.central import Central
-from experiments.engines import open_engine
+from experiments.engines import OnGrid, open_engine
 from experiments.folder import to_json
 from experiments.live import Reporter, describe_result, describe_speakers, size
 from experiments.prepare import Prepared, on_folder, prepare
@@ -37,6 +37,8 @@ def run_command(experiment: Experiment, path: Path, quiet: bool, resume: bool = 
         if prepared.method.stateful:
             reporter.say(check_room(prepared, path, resume))
         with open_engine(prepared, path) as engine:
+            if isinstance(engine, OnGrid):
+                engine.watch(reporter.worker)
             return run_rounds(prepared, engine, path, reporter, resume)
 
 

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -27,12 +27,14 @@ class Engine(Protocol):
     Attributes:
         keep: makes what was released durable before the server step; None: nothing does.
         command: of `fedclip`, which makes such runs and goes on with them.
-        workers: how many processes train users at a time.
     """
 
     keep: Callable[[Released], None] | None
     command: str
-    workers: int
+
+    @property
+    def workers(self) -> int:
+        """How many processes train users at a time."""
 
     @property
     def account(self) -> Account | None:
@@ -66,12 +68,12 @@ class OnGrid:
         prepared: the experiment.
         grid: the nodes.
         account: what the releases are charged to; None without noise.
-        states: the folder, shared by all workers, of what the client chain keeps of users.
+        states: the folder, shared by all workers, of what the client chain keeps of users; or a place that `clients.states` lends.
     """
 
     command = "run"
 
-    def __init__(self, prepared: Prepared, grid: "Grid", account: Account | None = None, states: Path | None = None) -> None:
+    def __init__(self, prepared: Prepared, grid: "Grid", account: Account | None = None, states: Path | str | None = None) -> None:
         from strategies.federated import Federated
 
         options = prepared.experiment.run
@@ -86,7 +88,17 @@ class OnGrid:
             account=account,
             states=states,
         )
-        self.account, self._grid, self.workers = account, grid, len(list(grid.get_node_ids()))
+        self.account, self._grid = account, grid
+
+    @property
+    def workers(self) -> int:
+        """How many processes train users at a time: on a cluster they may come and go."""
+        return int(getattr(self._grid, "workers", 0)) or len(list(self._grid.get_node_ids()))
+
+    def watch(self, show: Callable[[str, int, float], None]) -> None:
+        """Tell `show` of each worker that is done with its part of a round: its name, users, and seconds spent on them."""
+        name = getattr(self._grid, "node_name", lambda node: f"node {node}")
+        self.strategy.watch = lambda node, users, seconds: show(name(node), users, seconds)
 
     @property
     def keep(self) -> Callable[[Released], None] | None:
@@ -164,12 +176,24 @@ def open_engine(prepared: Prepared, folder: Path | None = None) -> Iterator[Engi
         yield InProcess(prepared.method, prepared.task, secret_of(prepared), run_digest(experiment), experiment.run.device, account, kept)
         return
     from clients.ray_grid import RayGrid, Resources
+    from clients.states import lent
 
-    workers = experiment.run.workers or len(os.sched_getaffinity(0))
-    resources = Resources(experiment.ray.cpus_per_worker, experiment.ray.gpus_per_worker)
+    ray = experiment.ray
+    joined = (ray.address or os.environ.get("RAY_ADDRESS") or "local") != "local"
     try:
-        grid = RayGrid("clients.app:app", nodes=workers, workers=workers, resources=resources, address=experiment.ray.address)
-    except (ValueError, ConnectionError) as error:
+        grid = RayGrid(
+            "clients.app:app",
+            nodes=None,
+            workers=experiment.run.workers or (None if joined else len(os.sched_getaffinity(0))),
+            fewest=1 if joined else None,  # the others come when there is room for them
+            nodes_per_worker=ray.messages_per_worker,
+            resources=Resources(ray.cpus_per_worker, ray.gpus_per_worker),
+            address=ray.address,
+            deadline=ray.deadline_seconds,
+            retries=ray.retries,
+        )
+    except (ValueError, RuntimeError, ConnectionError) as error:
         raise ConfigError(f"ray: {error}") from error
-    with grid:
-        yield OnGrid(prepared, grid, account, states)
+    shared = lent(states) if joined and states is not None and prepared.method.stateful else nullcontext(states)
+    with grid, shared as place:
+        yield OnGrid(prepared, grid, account, place)

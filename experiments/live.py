@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -18,6 +18,7 @@ from fedclip.accounting import Guarantee
 
 COLUMNS = ("round", "loss", "error", "up", "down", "users/s", "time left")
 SHOWN_ROUNDS = 12
+SHOWN_WORKERS = 16
 SECONDS_BETWEEN_LINES = 5.0
 SECONDS_BEFORE_BAR = 2.0
 
@@ -62,6 +63,7 @@ class Reporter:
         self._console = console or Console()
         self._rounds, self._quiet = rounds, quiet
         self._rows: deque[tuple[str, ...]] = deque(maxlen=SHOWN_ROUNDS)
+        self._workers: dict[str, tuple[int, float]] = {}
         self._error = ""
         self._last_line = -SECONDS_BETWEEN_LINES
         self._live = Live(console=self._console, refresh_per_second=4) if self._console.is_terminal and not quiet else None
@@ -87,9 +89,16 @@ class Reporter:
         cells = self._cells(row, seconds)
         self._rows.append(cells)
         if self._live is not None:
-            self._live.update(self._table())
+            self._live.update(self._shown())
         elif not self._quiet:
             self._line(row, cells, "eval_loss" in row)
+
+    def worker(self, name: str, users: int, seconds: float) -> None:
+        """Show that a worker is done with its part of a round: users, and the seconds that it spent on them."""
+        so_far, _ = self._workers.pop(name, (0, 0.0))
+        self._workers[name] = so_far + users, seconds
+        if self._live is not None:
+            self._live.update(self._shown())
 
     def end(self, summary: dict[str, Any], path: Path, errors: list[str], resume_by: str | None = None) -> None:
         """Say how the run ended, where its folder is, and the command to go on with it where there is something left to do."""
@@ -126,6 +135,19 @@ class Reporter:
         loss = "-" if row["train_loss"] is None else f"{row['train_loss']:.3f}"
         up, down = size(row["uplink_bytes"]), size(row["downlink_bytes"])
         return f"{row['round']}/{self._rounds}", loss, self._error or "-", up, down, f"{row['users_per_second']:.1f}", clock(left)
+
+    def _shown(self) -> Group:
+        """Return the table of the rounds, and under it that of the workers that were heard of last."""
+        if len(self._workers) < 2:
+            return Group(self._table())
+        heard = sorted(list(self._workers)[-SHOWN_WORKERS:])
+        workers = Table("worker", "users", "seconds of the last", box=None, pad_edge=False)
+        for name in heard:
+            users, seconds = self._workers[name]
+            workers.add_row(name, f"{users:,}", f"{seconds:.1f}")
+        if len(self._workers) > len(heard):
+            workers.caption = f"and {len(self._workers) - len(heard)} more"
+        return Group(self._table(), "", workers)
 
     def _table(self) -> Table:
         table = Table(*COLUMNS, box=None, pad_edge=False)

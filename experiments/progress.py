@@ -14,6 +14,9 @@ LEAST_FAILED = 10
 BETTER = {"wer": -1, "accuracy": 1, "eval_loss": -1}
 """By what models are compared, the first of these that there is: less is better, or more is."""
 
+FAULTS = ("workers_replaced", "blocks_redone")
+"""What went wrong on a cluster and was made good."""
+
 
 @dataclass
 class Progress:
@@ -30,6 +33,7 @@ class Progress:
         saving_seconds: of that, the time for ledger, releases and checkpoints.
         metrics: the last value of each metric.
         best: round, metric and value of the best model so far; empty before the first evaluation.
+        faults: how often each of `FAULTS` came about; those that did.
         errors: what the first failed users said, or users whose data could not all be read.
     """
 
@@ -43,6 +47,7 @@ class Progress:
     saving_seconds: float = 0.0
     metrics: dict[str, float] = field(default_factory=dict)
     best: dict[str, Any] = field(default_factory=dict)
+    faults: dict[str, int] = field(default_factory=dict)
     errors: list[str] = field(default_factory=list)
 
     def plain(self) -> dict[str, Any]:
@@ -58,6 +63,9 @@ class Progress:
         self.uplink += up
         self.downlink += number(outcome.tally, "downlink_bytes")
         self.steady = up / users if users else self.steady
+        for name in FAULTS:
+            if count := int(number(outcome.tally, name)):
+                self.faults[name] = self.faults.get(name, 0) + count
         new = [error for error in dict.fromkeys(outcome.errors) if error not in self.errors]
         self.errors += new[: max(0, 5 - len(self.errors))]
 

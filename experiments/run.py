@@ -13,7 +13,7 @@ from experiments.engines import Engine
 from experiments.folder import CHECKPOINTS, STATES, RunFolder, read_metrics
 from experiments.live import Reporter
 from experiments.prepare import Prepared
-from experiments.progress import Progress
+from experiments.progress import FAULTS, Progress
 from fedclip.account import BudgetSpent, LedgerError
 from fedclip.asr.metrics import speaker_rows
 from fedclip.checkpoints import Checkpoint, CheckpointError, Checkpoints
@@ -236,7 +236,7 @@ def row_of(tally: Tally, round: int, attempt: int, seconds: float) -> dict[str, 
             row[measured] = [v / users for v in value] if isinstance(value, list) else value / users
         elif stage == "server":
             row[measured] = value
-    for name in ("not_finite", "users_without_data", "examples_left_out"):
+    for name in ("not_finite", "users_without_data", "examples_left_out", *FAULTS):
         if number(tally, name):
             row[name] = int(number(tally, name))
     return row
@@ -274,6 +274,7 @@ def _summary(run: Run, status: str) -> dict[str, Any]:
         "uplink_bytes_total": int(progress.uplink),
         "downlink_bytes_total": int(progress.downlink),
     }
+    summary |= {f"{name}_total": count for name, count in progress.faults.items()}
     if progress.users:
         summary |= _traffic(run)
     if note := getattr(run.prepared.task, "note", ""):

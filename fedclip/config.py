@@ -164,6 +164,13 @@ class RayOptions(Options):
     """Address of a running cluster; None starts Ray on this machine for the run."""
     cpus_per_worker: Annotated[float, Field(ge=0)] = 1.0
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
+    messages_per_worker: Annotated[int, Field(ge=1)] = 1
+    """In a round. With more than one, who is done early takes the next, and less is lost with a worker; each costs a sum to send."""
+    deadline_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """A worker that takes longer over one message counts as hung, and is replaced; twice as long each time the message is done again.
+    None: any time."""
+    retries: Annotated[int, Field(ge=0)] = 2
+    """So often a message whose worker was lost is done again, before the run ends with an error."""
 
 
 class DoorOptions(Options):

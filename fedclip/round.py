@@ -125,14 +125,22 @@ def begin(method: Method, state: ServerState, layout: Layout, secret: str, run: 
     return Plan(spec, blocks, download.total_bytes + (len(told) + len(control)) * len(cohort), download.sent)
 
 
-def deal(blocks: Sequence[Block], workers: int, task: Task) -> list[list[Block]]:
-    """Share blocks out over workers, the longest first to whoever has least, by the task's predicted costs."""
+def deal(blocks: Sequence[Block], workers: int, task: Task, speeds: Sequence[float] | None = None) -> list[list[Block]]:
+    """Share blocks out over workers, the longest first to whoever would be done with it first, by the task's predicted costs.
+
+    Args:
+        blocks: the blocks.
+        workers: how many there are.
+        task: predicts the cost of a user.
+        speeds: cost that each worker does in a second, over 0; None: all do the same. How blocks are dealt changes no bit of their sum.
+    """
     loads, shares = [0.0] * workers, [list[Block]() for _ in range(workers)]
-    costs = {n: _predicted_cost(task, users) for n, users in blocks}
+    costs = cost_of(blocks, task)
+    pace = speeds or [1.0] * workers
     for block in sorted(blocks, key=lambda b: (-costs[b[0]], b[0])):
-        least = loads.index(min(loads))
-        shares[least].append(block)
-        loads[least] += costs[block[0]]
+        first = min(range(workers), key=lambda w: (loads[w] + costs[block[0]]) / pace[w])
+        shares[first].append(block)
+        loads[first] += costs[block[0]]
     return shares
 
 
@@ -142,6 +150,11 @@ def _predicted_cost(task: Task, users: Sequence[int]) -> float:
         return sum(task.cost(user) for user in users)
     asked = np.random.default_rng(0).choice(len(users), ASKED_A_BLOCK, replace=False)
     return sum(task.cost(users[n]) for n in asked.tolist()) * len(users) / ASKED_A_BLOCK
+
+
+def cost_of(blocks: Iterable[Block], task: Task) -> dict[int, float]:
+    """Return the predicted cost of each block, by its number."""
+    return {n: _predicted_cost(task, users) for n, users in blocks}
 
 
 class WorkerError(RuntimeError):

@@ -1,7 +1,8 @@
 """`Federated`: the one Flower strategy. It runs any `Method`; what a method does is in its stages, never here."""
 
 import dataclasses
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
 from logging import INFO
 from pathlib import Path
 
@@ -16,12 +17,17 @@ from fedclip.client import Collector, Partial
 from fedclip.codec import DenseCodec
 from fedclip.layout import Layout
 from fedclip.method import Method, ServerState
+from fedclip.pace import Pace
 from fedclip.process import settle_process
-from fedclip.round import Outcome, Plan, Released, WorkerError, begin, deal, finish, replay
+from fedclip.round import Outcome, Plan, Released, WorkerError, begin, cost_of, deal, finish, replay
 from fedclip.simulation import initial_params
+from fedclip.spec import Block
+from fedclip.tally import Tally, add_up, number
 from fedclip.tasks.base import Counts, Task
 from fedclip.tasks.build import TaskRecipe
 from fedclip.update import Dense
+
+SECONDS_BETWEEN_PULLS = 0.2
 
 
 class Federated(Strategy):
@@ -38,7 +44,7 @@ class Federated(Strategy):
         device: where nodes train.
         reply: `"sums"` or `"updates"`.
         account: what the releases are charged to; None keeps no account.
-        states: the folder, shared by all workers, of what the client chain keeps of users.
+        states: the folder, shared by all workers, of what the client chain keeps of users; or a place that `clients.states` lends.
 
     Raises:
         ValueError: the client chain keeps states of users, and there is no folder for them.
@@ -47,6 +53,7 @@ class Federated(Strategy):
         state: the state after the last round.
         outcome: what the last round made, None before the first.
         keep: makes what was released durable before the server step; None: nothing does.
+        watch: is told of each node that is done with its part of a round, its users and their seconds; None: nobody is.
     """
 
     def __init__(
@@ -60,7 +67,7 @@ class Federated(Strategy):
         device: str = "cpu",
         reply: str = "sums",
         account: Account | None = None,
-        states: Path | None = None,
+        states: Path | str | None = None,
     ) -> None:
         settle_process()
         self.method, self.task = method, task
@@ -72,9 +79,12 @@ class Federated(Strategy):
             raise ValueError(f"{method.keeper} keeps a state for each user; give a folder for them.")
         self.account = account
         self.keep: Callable[[Released], None] | None = None
-        self._states = str(states.absolute()) if method.stateful and states is not None else ""
+        self._states = str(states.absolute() if isinstance(states, Path) else states) if method.stateful else ""
+        self.watch: Callable[[int, int, float], None] | None = None
         self._plan: Plan | None = None
         self._sent = 0
+        self._dealt: dict[int, list[Block]] = {}
+        self._pace = Pace()
 
     def arrays(self) -> ArrayRecord:
         """Return the current model as Flower's `start` wants it."""
@@ -94,12 +104,14 @@ class Federated(Strategy):
         self.state = dataclasses.replace(self.state, params=params)
         self._plan = begin(self.method, self.state, self.layout, self._secret, self._run, self.account)
         nodes, spec = list(grid.get_node_ids()), self._plan.spec
-        shares = deal(self._plan.blocks, len(nodes), self.task)
+        shares = deal(self._plan.blocks, len(nodes), self.task, self._pace.of(nodes))
+        self._dealt = {node: share for node, share in zip(nodes, shares, strict=True) if share}
         model = messages.model_record(spec.params, spec.control)
-        contents = [
-            messages.train_request(spec, share, self._recipe, self._device, self._reply, model, self._states) for share in shares if share
-        ]
-        return self._address(contents, nodes, MessageType.TRAIN, server_round, grid)
+        contents = {
+            node: messages.train_request(spec, share, self._recipe, self._device, self._reply, model, self._states)
+            for node, share in self._dealt.items()
+        }
+        return self._address(contents, MessageType.TRAIN, server_round, grid)
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Add the sums, release, take the server step; return the new model and the mean training loss.
@@ -109,7 +121,7 @@ class Federated(Strategy):
         """
         if self._plan is None:
             raise RuntimeError("Expected configure_train before aggregate_train.")
-        partials = self._partials(self._checked(replies), self._plan)
+        partials = self._partials(replies, self._plan)
         self.outcome = finish(self.method, self.state, self.layout, self._plan, partials, self.account, self.keep)
         self.state, self._plan = self.outcome.state, None
         losses = self.outcome.tally.get("losses", 0.0)
@@ -120,9 +132,9 @@ class Federated(Strategy):
     def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
         """Return a message for each node with held-out units to evaluate."""
         nodes = list(grid.get_node_ids())
-        shares = [range(self.task.held_out_units)[i :: len(nodes)] for i in range(len(nodes))]
-        contents = [messages.evaluate_request(s, self._recipe, self._device, arrays) for s in shares if len(s)]
-        return self._address(contents, nodes, MessageType.EVALUATE, server_round, grid)
+        shares = {node: range(self.task.held_out_units)[i :: len(nodes)] for i, node in enumerate(nodes)}
+        contents = {n: messages.evaluate_request(s, self._recipe, self._device, arrays) for n, s in shares.items() if len(s)}
+        return self._address(contents, MessageType.EVALUATE, server_round, grid)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Return the metrics over all the held-out units.
@@ -138,11 +150,18 @@ class Federated(Strategy):
         log(INFO, "\t└──> Model: %d parameters in %d tensors", self.layout.size, len(self.layout.names))
 
     def round(self, grid: Grid) -> Outcome:
-        """Do one more round on the nodes of a grid and return what it made."""
-        number = self.state.round + 1
-        self.aggregate_train(number, grid.send_and_receive(self.configure_train(number, self.arrays(), ConfigRecord(), grid)))
+        """Do one more round on the nodes of a grid and return what it made.
+
+        Replies are added as they come, in any order, and each is let go before the next: memory does not grow with the number of nodes.
+        """
+        next_round = self.state.round + 1
+        out = list(self.configure_train(next_round, self.arrays(), ConfigRecord(), grid))
+        sizes = [(message.metadata, len(self._dealt[message.metadata.dst_node_id])) for message in out]  # ids come when they are sent
+        self.aggregate_train(next_round, exchange(grid, out))
         if self.outcome is None:
             raise RuntimeError("Expected an outcome after aggregate_train.")
+        faults = faults_of(grid, {meta.message_id: blocks for meta, blocks in sizes})
+        self.outcome = dataclasses.replace(self.outcome, tally=self.outcome.tally | faults)
         return self.outcome
 
     def replay(self, released: Released) -> Outcome:
@@ -158,32 +177,77 @@ class Federated(Strategy):
             WorkerError: a node replied with an error, or not at all.
         """
         messages_out = self.configure_evaluate(self.state.round, self.arrays(), ConfigRecord(), grid)
-        return self._counts(grid.send_and_receive(messages_out))
+        return self._counts(exchange(grid, list(messages_out)))
 
     def _counts(self, replies: Iterable[Message]) -> list[Counts]:
         counts = dict(pair for reply in self._checked(replies) for pair in messages.read_evaluate_reply(reply.content))
         return [counts[unit] for unit in sorted(counts)]
 
-    def _address(self, contents: list[RecordDict], nodes: list[int], kind: str, server_round: int, grid: Grid) -> list[Message]:
+    def _address(self, contents: dict[int, RecordDict], kind: str, server_round: int, grid: Grid) -> list[Message]:
         self._sent = len(contents)
-        pairs = zip(contents, nodes, strict=False)  # fewer contents than nodes where some have nothing to do
-        return [grid.create_message(content, kind, node, str(server_round)) for content, node in pairs]
+        return [grid.create_message(content, kind, node, str(server_round)) for node, content in contents.items()]
 
-    def _checked(self, replies: Iterable[Message]) -> list[Message]:
-        arrived = list(replies)
-        failed = [r for r in arrived if r.has_error()]
-        if failed:
-            reason = (failed[0].error.reason or "no reason given").strip().splitlines()[-1]
-            raise WorkerError(f"Node {failed[0].metadata.src_node_id} failed: {reason}")
-        if len(arrived) != self._sent:
-            raise WorkerError(f"Expected {self._sent} replies, got {len(arrived)}; a node is gone or did not answer in time.")
-        return arrived
-
-    def _partials(self, replies: list[Message], plan: Plan) -> list[Partial]:
-        if self._reply == "sums":
-            return [messages.read_sums_reply(r.content) for r in replies]
-        collector = Collector(plan.spec, self.layout)
+    def _checked(self, replies: Iterable[Message]) -> Iterator[Message]:
+        arrived = 0
         for reply in replies:
-            for block, contribution in messages.read_updates_reply(reply.content):
+            if reply.has_error():
+                reason = (reply.error.reason or "no reason given").strip().splitlines()[-1]
+                raise WorkerError(f"Node {reply.metadata.src_node_id} failed: {reason}")
+            arrived += 1
+            yield reply
+            del reply  # before the next comes
+        if arrived != self._sent:
+            raise WorkerError(f"Expected {self._sent} replies, got {arrived}; a node is gone or did not answer in time.")
+
+    def _partials(self, replies: Iterable[Message], plan: Plan) -> Iterator[Partial]:
+        if self._reply == "sums":
+            yield from map(self._sum, self._checked(replies))
+            return
+        collector = Collector(plan.spec, self.layout)
+        for reply in self._checked(replies):
+            contributions = messages.read_updates_reply(reply.content)
+            for block, contribution in contributions:
                 collector.take(block, contribution)
-        return [collector.partial()]
+            self._learn(reply.metadata.src_node_id, [contribution.tally for _, contribution in contributions])
+        yield collector.partial()
+
+    def _sum(self, reply: Message) -> Partial:
+        partial = messages.read_sums_reply(reply.content)
+        self._learn(reply.metadata.src_node_id, partial.tallies.values())
+        return partial
+
+    def _learn(self, node: int, tallies: Iterable[Tally]) -> None:
+        """Take in what a node did, for the next round's shares and for whoever watches."""
+        done = add_up({key: value for key, value in tally.items() if key in MEASURED} for tally in tallies)
+        seconds = sum(number(done, key) for key in MEASURED[1:])
+        self._pace.learn(node, sum(cost_of(self._dealt.get(node, []), self.task).values()), seconds)
+        if self.watch is not None:
+            self.watch(node, int(number(done, "users")), seconds)
+
+
+MEASURED = ("users", "load_seconds", "train_seconds", "chain_seconds")
+"""Of what nodes measure: users, and what a worker's time goes to."""
+
+
+def exchange(grid: Grid, out: list[Message]) -> Iterator[Message]:
+    """Send messages and yield the replies as they come, without holding any."""
+    if hasattr(grid, "stream"):
+        yield from grid.stream(out)
+        return
+    waiting = set(grid.push_messages(out))
+    while waiting:
+        arrived = list(grid.pull_messages(waiting))
+        waiting -= {reply.metadata.reply_to_message_id for reply in arrived}
+        if waiting and not arrived:
+            time.sleep(SECONDS_BETWEEN_PULLS)
+        while arrived:
+            yield arrived.pop()
+
+
+def faults_of(grid: Grid, blocks: dict[str, int]) -> Tally:
+    """Return what a grid that replaces workers did since the last time: workers replaced, blocks done again; each where there were any."""
+    if not hasattr(grid, "take_faults"):
+        return {}
+    replaced, redone = grid.take_faults()
+    counts = {"workers_replaced": replaced, "blocks_redone": sum(blocks.get(message_id, 0) for message_id in redone)}
+    return {name: float(count) for name, count in counts.items() if count}

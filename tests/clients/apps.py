@@ -89,6 +89,30 @@ def die(message: Message, context: Context) -> Message:
     return metrics(message, tries=len(tries.read_text()), pid=os.getpid())
 
 
+@app.query("hang")
+def hang(message: Message, context: Context) -> Message:
+    """Never answer, as often as the message says; a file counts."""
+    config = message.content["config"]
+    assert isinstance(config, ConfigRecord)
+    assert isinstance(config["times"], int)
+    tries = Path(str(config["folder"])) / f"hung-{config['times']}"
+    with tries.open("a") as file:
+        file.write(".")
+    if len(tries.read_text()) <= config["times"]:
+        time.sleep(1e6)
+    return metrics(message, tries=len(tries.read_text()))
+
+
+@app.query("large")
+def large(message: Message, context: Context) -> Message:
+    """Reply with as many bytes as the message says."""
+    config = message.content["config"]
+    assert isinstance(config, ConfigRecord)
+    assert isinstance(config["bytes"], int)
+    array = Array(dtype="uint8", shape=(config["bytes"],), stype="bytes", data=bytes(config["bytes"]))
+    return Message(RecordDict({"arrays": ArrayRecord({"x": array})}), reply_to=message)
+
+
 @app.query("look")
 def look(message: Message, context: Context) -> Message:
     """Report what the process is like."""

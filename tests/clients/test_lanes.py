@@ -26,8 +26,21 @@ def given(lanes: Lanes) -> list[tuple[int, int, str]]:
     return [(worker, parcel.node - FIRST_NODE_ID, parcel.message.metadata.message_id) for worker, parcel in lanes.pairs()]
 
 
+def lanes_of(workers: int, *, pinned: bool) -> Lanes:
+    lanes = Lanes(pinned=pinned)
+    for worker in range(workers):
+        lanes.expect(worker)
+        lanes.free(worker)
+    return lanes
+
+
+def again(lanes: Lanes, node: int, message_id: str) -> None:
+    message = stripped(Message(RecordDict(), dst_node_id=FIRST_NODE_ID + node, message_type="query"), message_id)
+    lanes.again(Parcel(FIRST_NODE_ID + node, message, (), ()))
+
+
 def test_free_workers_share_one_queue_in_order():
-    lanes = filled(Lanes(2, pinned=False), "5678")
+    lanes = filled(lanes_of(2, pinned=False), "5678")
     assert given(lanes) == [(0, 5, "0"), (1, 6, "1")]
     assert given(lanes) == []
     lanes.free(1)
@@ -35,7 +48,7 @@ def test_free_workers_share_one_queue_in_order():
 
 
 def test_pinned_nodes_wait_for_their_own_worker():
-    lanes = filled(Lanes(2, pinned=True), "0011")
+    lanes = filled(lanes_of(2, pinned=True), "0011")
     assert given(lanes) == [(0, 0, "0"), (1, 1, "2")]
     lanes.release(FIRST_NODE_ID + 1)
     lanes.free(1)
@@ -43,7 +56,7 @@ def test_pinned_nodes_wait_for_their_own_worker():
 
 
 def test_a_node_has_one_message_at_a_time_in_order():
-    lanes = filled(Lanes(3, pinned=False), "000001")
+    lanes = filled(lanes_of(3, pinned=False), "000001")
     assert given(lanes) == [(0, 0, "0"), (1, 1, "5")]
     lanes.free(0)
     assert given(lanes) == []
@@ -52,7 +65,7 @@ def test_a_node_has_one_message_at_a_time_in_order():
 
 
 def test_dropped_messages_are_not_given():
-    lanes = filled(Lanes(1, pinned=False), "0001")
+    lanes = filled(lanes_of(1, pinned=False), "0001")
     assert given(lanes) == [(0, 0, "0")]
     lanes.drop({"0", "1"})
     lanes.free(0)
@@ -60,3 +73,26 @@ def test_dropped_messages_are_not_given():
     lanes.free(0)
     lanes.release(FIRST_NODE_ID)
     assert given(lanes) == [(0, 0, "2")]
+
+
+def test_a_lost_workers_messages_go_to_whoever_is_free_the_one_it_was_at_first():
+    lanes = filled(lanes_of(2, pinned=True), "0001")
+    assert given(lanes) == [(0, 0, "0"), (1, 1, "3")]
+    lanes.leave(0)
+    again(lanes, 0, "0")
+    filled(lanes, "0")  # its node's messages wait for nobody
+    lanes.free(1)
+    assert given(lanes) == [(1, 0, "0")]
+    lanes.release(FIRST_NODE_ID)
+    lanes.free(1)
+    assert given(lanes) == [(1, 0, "1")]
+
+
+def test_a_worker_that_was_lost_while_free_gets_nothing_until_it_is_back():
+    lanes = lanes_of(2, pinned=True)
+    lanes.leave(0)
+    filled(lanes, "01")
+    assert given(lanes) == [(1, 1, "1")]
+    lanes.expect(0)
+    lanes.free(0)
+    assert given(lanes) == [(0, 0, "0")]

@@ -5,7 +5,9 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -49,6 +51,13 @@ def answers(replies, key: str) -> dict[int, object]:
     return {reply.metadata.src_node_id - FIRST_NODE_ID: reply.content["metrics"][key] for reply in replies}
 
 
+def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> bool:
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.05)
+    return condition()
+
+
 def test_flowers_own_fedavg_runs_in_an_unmodified_server_app(grid):
     app, results = ServerApp(), []
 
@@ -76,7 +85,7 @@ def test_workers_have_one_thread_ignore_ctrl_c_and_know_who_they_are(grid):
 def test_state_persists_only_for_nodes_that_keep_some(grid):
     for times in (1, 2, 3):
         assert answers(grid.send_and_receive(ask(grid, "count")), "times") == {0: times, 1: times, 2: times, 3: 1}
-    assert sorted(grid._states) == [FIRST_NODE_ID, FIRST_NODE_ID + 1, FIRST_NODE_ID + 2]
+    assert sorted(grid._dispatcher.states) == [FIRST_NODE_ID, FIRST_NODE_ID + 1, FIRST_NODE_ID + 2]
 
 
 def test_messages_to_one_node_run_one_after_another(grid):
@@ -97,30 +106,89 @@ def test_another_run_starts_without_states(grid):
 
 
 def test_failures_of_the_app_are_error_replies_and_others_go_on(grid):
-    before = dict(grid._states)
+    before = dict(grid._dispatcher.states)
     replies = {reply.metadata.src_node_id - FIRST_NODE_ID: reply for reply in grid.send_and_receive(ask(grid, "fail"))}
     assert [replies[partition].has_error() for partition in range(4)] == [False, True, True, False]
     assert replies[1].error.code == replies[2].error.code == ErrorCode.CLIENT_APP_RAISED_EXCEPTION
     assert replies[1].error.reason.startswith("<class 'ZeroDivisionError'>:<'a message for the driver'>")
     assert "apps.py" in replies[1].error.reason
     assert "SystemExit" in replies[2].error.reason
-    assert grid._states.get(FIRST_NODE_ID + 1) is before.get(FIRST_NODE_ID + 1), "a failed message must leave the state as it was"
+    assert grid._dispatcher.states.get(FIRST_NODE_ID + 1) is before.get(FIRST_NODE_ID + 1), (
+        "a failed message must leave the state as it was"
+    )
     [reply] = grid.send_and_receive(ask(grid, "none", [0]))
     assert "got NoneType" in reply.error.reason
 
 
 def test_a_worker_killed_in_mid_message_does_it_again(grid, tmp_path):
-    pids = set(answers(grid.send_and_receive(ask(grid, "look")), "pid").values())
-    replies = list(grid.send_and_receive(ask(grid, "die", [0], deaths=1, folder=str(tmp_path)), timeout=30))
+    assert wait_for(lambda: grid.workers == 2)
+    before = {post.pid for post in grid._dispatcher.crew.posts.values()}
+    grid.take_faults()
+    [message] = ask(grid, "die", [0], deaths=1, folder=str(tmp_path))
+    replies = list(grid.send_and_receive([message], timeout=30))
     assert answers(replies, "tries") == {0: 2}
-    assert answers(replies, "pid")[0] not in pids
+    assert grid.take_faults() == (1, [message.metadata.message_id])
+    assert wait_for(lambda: grid.workers == 2)
+    assert len({post.pid for post in grid._dispatcher.crew.posts.values()} - before) == 1
+    assert grid.take_faults() == (0, [])
+
+
+def test_a_worker_that_hangs_meets_its_deadline_and_another_does_its_message(ray_session, tmp_path):
+    with RayGrid(APP, nodes=1, workers=1, deadline=0.5) as grid:
+        [reply] = grid.send_and_receive(ask(grid, "hang", times=1, folder=str(tmp_path)), timeout=30)
+        assert reply.content["metrics"]["tries"] >= 2
+        assert grid.take_faults()[0] >= 1
+        [reply] = grid.send_and_receive(ask(grid, "hang", times=99, folder=str(tmp_path)), timeout=60)
+        assert reply.error.code == ErrorCode.CLIENT_APP_CRASHED
+        assert "Worker 0 (process" in reply.error.reason
+        assert "took over 2 s over this message; where nothing hangs, raise the deadline. 3 workers in turn" in reply.error.reason
+
+
+def test_nodes_are_those_of_the_workers_that_are_up(ray_session):
+    with RayGrid(APP, nodes=None, workers=2) as own, RayGrid(APP, nodes=None, workers=1, nodes_per_worker=3) as shared:
+        assert list(own.get_node_ids()) == [FIRST_NODE_ID, FIRST_NODE_ID + 1]
+        assert list(shared.get_node_ids()) == [FIRST_NODE_ID, FIRST_NODE_ID + 1, FIRST_NODE_ID + 2]
+        assert len(set(answers(shared.send_and_receive(ask(shared, "count")), "pid").values())) == 1
+        os.kill(answers(own.send_and_receive(ask(own, "count", [0])), "pid")[0], signal.SIGKILL)
+        replies = list(own.send_and_receive(ask(own, "count"), timeout=30))
+        assert len(replies) == 2, "the other did both"
+        assert len(set(answers(replies, "pid").values())) == 1
+        assert list(own.get_node_ids()) == [FIRST_NODE_ID + 1]
+        assert wait_for(lambda: own.workers == 2)
+
+
+def test_replies_stream_one_by_one_and_stay_on_the_cluster_till_then(grid):
+    messages = ask(grid, "large", bytes=10_000_000)
+    stream = grid.stream(messages)
+    sizes = [len(next(stream).content["arrays"]["x"].data)]
+    assert wait_for(lambda: len(grid._dispatcher._landed) == 3)
+    assert all(isinstance(landed.reply, ray.ObjectRef) for landed in grid._dispatcher._landed.values())
+    tracemalloc.start()
+    try:
+        for reply in stream:
+            sizes.append(len(reply.content["arrays"]["x"].data))
+            del reply
+        assert 10e6 < tracemalloc.get_traced_memory()[1] < 19e6, "one at a time"
+    finally:
+        tracemalloc.stop()
+    assert sizes == [10_000_000] * 4
+    assert not grid._dispatcher._landed
+
+
+def test_a_stream_that_is_left_forgets_what_it_waited_for(grid):
+    stream = grid.stream(ask(grid, "sleep", seconds=0.1))
+    next(stream)
+    stream.close()
+    assert not grid._dispatcher._awaited
+    assert not grid._dispatcher._landed
 
 
 def test_a_message_that_always_kills_its_worker_is_an_error_and_the_next_goes_on(grid, tmp_path):
     [reply] = grid.send_and_receive(ask(grid, "die", [1], deaths=99, folder=str(tmp_path)), timeout=30)
     assert reply.error.code == ErrorCode.CLIENT_APP_CRASHED
-    assert "died 3 times" in reply.error.reason
+    assert "died, perhaps for want of memory. 3 workers in turn were lost over this message." in reply.error.reason
     assert len(list(grid.send_and_receive(ask(grid, "look"), timeout=30))) == 4
+    assert wait_for(lambda: grid.workers == 2), "others need both"
 
 
 def test_timeout_returns_what_is_there_and_drops_what_has_not_begun(grid):
@@ -131,8 +199,8 @@ def test_timeout_returns_what_is_there_and_drops_what_has_not_begun(grid):
     assert 0.6 < time.monotonic() - begun < 1.2
     assert list(grid.send_and_receive(ask(grid, "sleep", [0, 2], seconds=0.3), timeout=0.0)) == []
     assert set(answers(grid.send_and_receive(ask(grid, "sleep", [0], seconds=0.0)), "slept")) == {0}
-    assert not grid._replies
-    assert not grid._awaited
+    assert not grid._dispatcher._landed
+    assert not grid._dispatcher._awaited
 
 
 def test_replies_are_pulled_in_order_of_arrival_once(grid):

@@ -16,3 +16,15 @@ def test_indexing_shows_where_it_takes_long(monkeypatch: pytest.MonkeyPatch, pat
         for done in (2000, 120_000):
             watch("indexing", done)
     assert shown in out.getvalue() if terminal and shown else out.getvalue() == shown
+
+
+def test_workers_are_shown_under_the_rounds_with_their_users_so_far() -> None:
+    out = io.StringIO()
+    reporter = live.Reporter(3, quiet=False, console=Console(file=out, force_terminal=True, width=100))
+    with reporter:
+        for users, seconds in ((5, 1.25), (7, 2.5)):
+            reporter.worker("worker 0 (process 11 on one)", users, seconds)
+            reporter.worker("worker 1 (process 12 on two)", 2 * users, seconds)
+    shown = out.getvalue().splitlines()[-3:]
+    assert "worker 0 (process 11 on one)  12     2.5" in out.getvalue()
+    assert "worker 1 (process 12 on two)  24     2.5" in out.getvalue(), shown

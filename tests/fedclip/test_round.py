@@ -128,6 +128,9 @@ def test_dealing_evens_out_predicted_costs_and_loses_nobody():
     loads = [sum(u for _, users in share for u in users) for share in shares]
     assert max(loads) - min(loads) <= 40
     assert deal([], 2, Costs()) == [[], []]
+    assert deal(blocks, 3, Costs(), [2.0, 2.0, 2.0]) == shares
+    slow, *fast = (sum(u for _, users in share for u in users) for share in deal(blocks, 3, Costs(), [1.0, 3.0, 3.0]))
+    assert max(slow, fast[0] / 3, fast[1] / 3) - min(slow, fast[0] / 3, fast[1] / 3) <= 20, "all are done at about the same time"
 
 
 def test_dealing_a_hundred_thousand_users_asks_for_the_costs_of_few_and_still_evens_out():

@@ -1,0 +1,270 @@
+"""What runs under a `RayGrid`: messages go to free workers, replies lie ready, lost workers are replaced and their messages redone."""
+
+import math
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+from uuid import uuid4
+
+import ray
+from flwr.app import Error, Message, RecordDict
+from flwr.common.constant import ErrorCode
+
+from clients.identity import number
+from clients.lanes import Lanes, Parcel
+from clients.ray_crew import FOLLOW_SECONDS, Crew
+
+POLL_SECONDS = 0.1  # what is sent while others run is listened for after this at the latest
+SETTLE_SECONDS = 20.0  # rounds that are dealt to the workers that are up begin when none has come for so long, or all are up
+
+
+@dataclass(frozen=True, eq=False)
+class Flight:
+    """A message that a worker is at: what its reply will be, and since when."""
+
+    worker: int
+    parcel: Parcel
+    reply: Any
+    since: float
+
+
+@dataclass(frozen=True, eq=False)
+class Landed:
+    """A reply that nobody has taken yet: the message itself, or where it is on the cluster."""
+
+    parcel: Parcel
+    reply: Any
+
+
+class Dispatcher:
+    """Hands messages out in a thread of its own, whether or not the server is waiting.
+
+    Args:
+        crew: the workers.
+        pinned: whether each worker has a node of its own.
+        deadline: seconds that a worker may take over one message, twice as many each time it is done again; None: any time.
+        retries: so often a message whose worker was lost is done again.
+
+    Attributes:
+        changed: guards all that follows, and tells of what happened.
+        crew: the workers.
+        pinned: whether each worker has a node of its own.
+        run_id: Flower's number of the run; states of nodes of another one are not kept.
+        states: what nodes keep, by node.
+    """
+
+    def __init__(self, crew: Crew, *, run_id: int, pinned: bool, deadline: float | None, retries: int) -> None:
+        self.changed = threading.Condition()
+        self.crew, self.pinned, self.run_id = crew, pinned, run_id
+        self.states: dict[int, RecordDict] = {}
+        self._deadline, self._retries = deadline, retries
+        self._lanes = Lanes(pinned=pinned)
+        self._flights: dict[Any, Flight] = {}
+        self._awaited: set[str] = set()
+        self._landed: dict[str, Landed] = {}  # in order of arrival
+        self._redone: list[str] = []
+        self._closed = False
+        self._failure: BaseException | None = None
+        for worker in crew.tend():
+            self._lanes.expect(worker)
+        self._thread = threading.Thread(target=self._serve, name="ray-grid", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop handing messages out."""
+        with self.changed:
+            self._closed = True
+            self.changed.notify_all()
+        self._thread.join()
+        self._flights.clear()
+
+    def check(self) -> None:
+        """Refuse to go on after the end, or where Ray has failed."""
+        if self._closed:
+            raise RuntimeError("Expected an open RayGrid, got a closed one. Use it inside its `with` block.")
+        if self._failure is not None:
+            raise RuntimeError(f"Ray failed under this grid: {self._failure!r}. Close the grid and start a new one.") from self._failure
+
+    def settle(self) -> None:
+        """Wait for the first workers: till all are up, or one is and nobody else has come for a while.
+
+        Raises:
+            RuntimeError: none can be started.
+        """
+        self.up()
+        crew, came = self.crew, 0
+        with self.changed:
+            while crew.starting and len(crew.posts) > came:
+                came = len(crew.posts)
+                self.changed.wait_for(partial(self._settled, came), SETTLE_SECONDS)
+
+    def up(self) -> list[int]:
+        """Return the numbers of the workers that are up; wait until one is.
+
+        Raises:
+            RuntimeError: none can be started, or the grid was closed.
+        """
+        with self.changed:
+            self.changed.wait_for(lambda: self.crew.posts or self._over)
+            self.check()
+            return sorted(self.crew.posts)
+
+    def submit(self, parcels: Sequence[Parcel]) -> None:
+        """Queue messages."""
+        with self.changed:
+            self.check()
+            self._awaited.update(parcel.id for parcel in parcels)
+            for parcel in parcels:
+                self._lanes.push(parcel)
+            self._dispatch()
+            self.changed.notify_all()
+
+    def ready(self, wanted: set[str], most: int | None = None) -> list[Landed]:
+        """Return replies that are there and forget them, in order of arrival."""
+        with self.changed:
+            self.check()
+            found = [message_id for message_id in self._landed if message_id in wanted][:most]
+            return [self._landed.pop(message_id) for message_id in found]
+
+    def first(self, wanted: set[str], timeout: float | None) -> Landed | None:
+        """Wait for the next reply, and return it; None after `timeout` seconds."""
+        with self.changed:
+            self.changed.wait_for(lambda: self._over or not wanted.isdisjoint(self._landed), timeout)
+            return next(iter(self.ready(wanted, 1)), None)
+
+    def fetch(self, landed: Landed) -> Message | None:
+        """Return a worker's reply, or an error reply if it has none; None where it was lost with its Ray node, and is to come again."""
+        if isinstance(landed.reply, Message):
+            return landed.reply
+        try:
+            reply: Message = ray.get(landed.reply)
+        except ray.exceptions.RayError as error:
+            if isinstance(error, ray.exceptions.RayTaskError) or landed.parcel.node in self.states:  # no state may count twice
+                return _error(landed.parcel, ErrorCode.UNKNOWN, f"The reply to this message was lost: {error}")
+            with self.changed:
+                self._awaited.add(landed.parcel.id)
+                self._again(landed.parcel, f"{error}\nThe reply was lost with its Ray node.")
+            return None
+        number(reply, str(uuid4()))
+        return reply
+
+    def forget(self, message_ids: set[str]) -> None:
+        """Drop messages that no worker has begun; let the others run to their end, unheard."""
+        with self.changed:
+            self._awaited -= message_ids
+            self._lanes.drop(message_ids)
+            for message_id in message_ids & self._landed.keys():
+                del self._landed[message_id]
+
+    def take_faults(self) -> tuple[int, list[str]]:
+        """Return how many workers were replaced since the last time, and the ids of the messages that were done again, once each time."""
+        with self.changed:
+            replaced, self.crew.replaced = self.crew.replaced, 0
+            redone, self._redone = self._redone, []
+            return replaced, redone
+
+    @property
+    def _over(self) -> bool:
+        return self._closed or self._failure is not None
+
+    def _settled(self, came: int) -> bool:
+        return self._over or not self.crew.starting or len(self.crew.posts) > came
+
+    def _dispatch(self) -> None:
+        for worker, parcel in self._lanes.pairs():
+            run = self.crew.actors[worker].run
+            state, reply = run.remote(parcel.message, self.states.get(parcel.node), parcel.names, *parcel.records)
+            self._flights[state] = Flight(worker, parcel, reply, time.monotonic())
+
+    def _serve(self) -> None:
+        try:
+            while not self._closed:
+                with self.changed:
+                    patience = FOLLOW_SECONDS if self.crew.restless else None
+                    self.changed.wait_for(lambda: self._flights or self.crew.starting or self._closed, patience)
+                    if not self._closed:
+                        self.crew.tend()
+                self._listen()
+        except Exception as error:  # noqa: BLE001  told to the driver, which waits
+            with self.changed:
+                self._failure = error
+                self.changed.notify_all()
+
+    def _listen(self) -> None:
+        with self.changed:
+            waited = [*self._flights, *self.crew.starting]
+        # Replies stay where they are until they are taken: fetched ahead, those of many workers would fill the server's memory.
+        for ref in ray.wait(waited, num_returns=1, timeout=POLL_SECONDS, fetch_local=False)[0] if waited else []:
+            if ref in self._flights:
+                self._land(ref)
+            else:
+                self._welcome(ref)
+        with self.changed:
+            for ref, flight in list(self._flights.items()):
+                # Twice as long each time, as a new worker has more to do at first: it builds its task.
+                limit = math.inf if self._deadline is None else self._deadline * 2.0**flight.parcel.losses
+                if time.monotonic() - flight.since > limit:
+                    self._lose(ref, f"took over {limit:g} s over this message; where nothing hangs, raise the deadline.")
+
+    def _welcome(self, ref: Any) -> None:
+        with self.changed:
+            worker = self.crew.arrived(ref)
+            if worker is not None:
+                self._lanes.expect(worker)
+                self._lanes.free(worker)
+                self._dispatch()
+            self.changed.notify_all()
+
+    def _land(self, ref: Any) -> None:
+        """Take what a worker left of a node, and let the next messages go before anybody takes its reply."""
+        flight, state = self._flights[ref], None
+        try:
+            state, reply = ray.get(ref), flight.reply
+        except ray.exceptions.RayTaskError as error:
+            reply = _error(flight.parcel, ErrorCode.UNKNOWN, f"Ray could not run this message or return its reply: {error}")
+        except ray.exceptions.RayError as error:
+            self._lose(ref, "died, perhaps for want of memory.", error)
+            return
+        with self.changed:
+            del self._flights[ref]
+            self._lanes.free(flight.worker)
+            if state is not None and flight.parcel.message.metadata.run_id == self.run_id:
+                self.states.pop(flight.parcel.node, None)
+                if state:
+                    self.states[flight.parcel.node] = state
+            self._lanes.release(flight.parcel.node)
+            self._dispatch()
+            self._answer(flight.parcel, reply)
+
+    def _lose(self, ref: Any, what: str, error: Exception | None = None) -> None:
+        """Replace a worker that died or hangs, and have its message done again."""
+        with self.changed:
+            flight = self._flights.pop(ref)
+            name = self.crew.name(flight.worker)
+            self.crew.lose(flight.worker)
+            self._lanes.leave(flight.worker)
+            self._again(flight.parcel, (f"{error}\n" if error else "") + f"{name[0].upper()}{name[1:]} {what}")
+
+    def _again(self, parcel: Parcel, why: str) -> None:
+        if parcel.id in self._awaited and parcel.losses < self._retries:
+            self._redone.append(parcel.id)
+            self._lanes.again(replace(parcel, losses=parcel.losses + 1))
+        else:
+            self._lanes.release(parcel.node)
+            reason = f"{why} {parcel.losses + 1} workers in turn were lost over this message."
+            self._answer(parcel, _error(parcel, ErrorCode.CLIENT_APP_CRASHED, reason))
+        self._dispatch()
+        self.changed.notify_all()
+
+    def _answer(self, parcel: Parcel, reply: Any) -> None:
+        if parcel.id in self._awaited:
+            self._awaited.remove(parcel.id)
+            self._landed[parcel.id] = Landed(parcel, reply)
+        self.changed.notify_all()
+
+
+def _error(parcel: Parcel, code: int, reason: str) -> Message:
+    return Message(Error(code, reason), reply_to=parcel.message)

@@ -1,0 +1,87 @@
+"""The strategy on a plain Flower grid: what nodes send is added as it comes, in any order, and let go."""
+
+import weakref
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+from clients import messages
+from clients.identity import Identity, assume, number
+from experiments.prepare import prepare, read_experiment
+from fedclip.client import train_blocks
+from fedclip.simulation import InProcess
+from strategies.federated import Federated
+
+NODES = range(2, 14)
+
+
+class OneByOne(Grid):
+    """Answers the newest message first, one a pull, and says how many of its earlier replies are still held then."""
+
+    def __init__(self, site: Any) -> None:
+        self._site, self._out = site, dict[str, Message]()
+        self._replies: list[Any] = []
+        self.held: list[int] = []
+
+    def set_run(self, run: Any) -> None: ...
+
+    @property
+    def run(self) -> Any: ...
+
+    def create_message(self, content: Any, message_type: str, dst_node_id: int, group_id: str, ttl: Any = None) -> Message:
+        return Message(content, dst_node_id, message_type, group_id=group_id)
+
+    def get_node_ids(self) -> Iterable[int]:
+        return NODES
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        for n, message in enumerate(messages):
+            number(message, f"m{n}")
+            self._out[f"m{n}"] = message
+        return list(self._out)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        assert set(message_ids) == set(self._out)
+        self.held.append(sum(reply() is not None for reply in self._replies))
+        _, message = self._out.popitem()
+        request = messages.read_train_request(message.content)
+        reply = Message(messages.sums_reply(train_blocks(self._site, request.spec, request.blocks)), reply_to=message)
+        self._replies.append(weakref.ref(reply))
+        yield reply
+        del reply
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: Any = None) -> Iterable[Message]:
+        raise AssertionError("it would return a list of all")
+
+
+@pytest.fixture(autouse=True)
+def identity() -> Iterator[None]:
+    before = assume(Identity(1, 1))
+    yield
+    assume(before)
+
+
+def test_memory_does_not_grow_with_the_number_of_nodes_nor_do_bits_depend_on_their_order(tmp_path: Path) -> None:
+    from tests.experiments.conftest import VISION
+
+    path = tmp_path / "vision.toml"
+    path.write_text(VISION, encoding="utf-8")
+    prepared = prepare(read_experiment(path, ["sampler.cohort=20"]))
+    here = InProcess(prepared.method, prepared.task, "s", "r")
+    grid, there = OneByOne(here.site), Federated(prepared.method, prepared.task, prepared.recipe, "s", "r")
+    told: list[tuple[int, int, float]] = []
+    there.watch = lambda node, users, seconds: told.append((node, users, seconds))
+    for _ in range(2):
+        users = here.round().tally["users"]
+        outcome = there.round(grid)
+        assert torch.equal(here.state.params, there.state.params)
+        assert outcome.tally["users"] == users
+    assert len(grid.held) == 2 * len(NODES)
+    assert max(grid.held) <= 1, "the last reply may go with the next"
+    assert {node for node, _, _ in told} == set(NODES)
+    assert min(seconds for _, _, seconds in told) > 0
