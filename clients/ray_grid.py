@@ -125,7 +125,10 @@ class RayGrid(Grid):
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
-        """Return all node ids, up to `KEPT_IDS` as a tuple, which is listed much faster than a range; where they are those of the workers that are up, wait until one is."""
+        """Return all node ids, up to `KEPT_IDS` of them as a tuple, which is listed much faster than a range.
+
+        Where they are those of the workers that are up, wait until one is.
+        """
         if self._each is None:
             return self._ids
         workers = self._at_work.up()

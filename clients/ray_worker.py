@@ -106,6 +106,7 @@ def join_ray(
         # Ray reads both from the environment only: it would report usage to its makers, and warn of a default that is to change.
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        os.environ.setdefault("RAY_worker_niceness", "0")  # by default they give way to whatever else runs on the machine
         where = address or os.environ.get("RAY_ADDRESS") or "local"
         room: dict[str, Any] = {}
         if where == "local" and workers is not None:

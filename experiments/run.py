@@ -116,6 +116,8 @@ class Run:
 
     def _round(self) -> dict[str, Any]:
         start, engine = time.perf_counter(), self.engine
+        if engine.account is not None and self._pending is None:
+            engine.account.foresee()
         replayed, outcome = self._pending is not None, engine.round() if self._pending is None else engine.replay(self._pending)
         self._pending = None
         seconds = time.perf_counter() - start

@@ -239,7 +239,7 @@ class RayTasks:
 
         self._ray, self._owns = ray, not ray.is_initialized()
         try:
-            join_ray(address, 1, ONE_CORE, 2**28, log_to_driver=False)
+            join_ray(address, None, 1, ONE_CORE, 2**28, log_to_driver=False)
         except (ValueError, ConnectionError) as error:
             raise ConfigError(f"ray: {error}") from error
         # Ray gives this no types.

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -124,6 +125,7 @@ class Account:
         self._extrapolation, self._storage = extrapolation, storage or Storage()
         self.charges, self._torn = _read_ledger(path, self._storage) if path is not None else ([], 0)
         self._affordable: int | None = None
+        self._foreseen: tuple[int, Future[Guarantee]] | None = None
         for charge in self.charges:
             if (charge.sampler, charge.noise_multiplier) != (describe_stage(sampler), noise_multiplier):
                 raise LedgerError(f"{path}: round {charge.round} was another mechanism (z = {charge.noise_multiplier}, {charge.event}).")
@@ -195,8 +197,16 @@ class Account:
             append(self._storage, self.path, (charge.line() + "\n").encode("ascii"))
         self.charges.append(charge)
 
+    def foresee(self) -> None:
+        """Begin to compute, on another thread, what one more release will have cost: `spent` finds it done after the round."""
+        releases, thread = len(self.charges) + 1, ThreadPoolExecutor(1, "fedclip-account")
+        self._foreseen = releases, thread.submit(guarantee, self.sampler, self.noise_multiplier, releases, self.delta)
+        thread.shutdown(wait=False)  # it ends with what it was given
+
     def spent(self) -> Guarantee:
         """Return what the releases so far cost: measured, of what this run did."""
+        if self._foreseen is not None and self._foreseen[0] == len(self.charges):
+            return self._foreseen[1].result()
         return guarantee(self.sampler, self.noise_multiplier, len(self.charges), self.delta)
 
     def extrapolated(self) -> Guarantee | None:
