@@ -44,6 +44,7 @@ class Clock:
 def round_of(engine: Engine, account: Account, clock: Clock) -> Answer:
     """Do a round and say how long it took, and its stages."""
     begin, before = time.perf_counter(), clock.seconds
+    account.foresee()
     tally = engine.round().tally
     in_round = clock.seconds - before  # of it `charge` is a part of the release
     account.spent()
