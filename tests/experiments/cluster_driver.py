@@ -66,7 +66,8 @@ def main(file: Path, folder: Path) -> dict[str, Any]:
             cluster.remove_node(nodes[1], allow_graceful=False)
 
         threading.Thread(target=end_of_a_node).start()
-        tallies, start = [engine.round().tally], time.monotonic()
+        start = time.monotonic()
+        tallies = [engine.round().tally]
         seen["lost_seconds"] = time.monotonic() - start
         tallies.append(engine.round().tally)
         seen["workers"].append(engine.workers)

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -116,6 +117,7 @@ def test_two_nodes_of_which_one_is_lost_in_a_round_and_another_comes(vision: Pat
         text=True,
         timeout=400,
     )
+    shutil.rmtree(short, ignore_errors=True)
     assert done.returncode == 0, done.stderr
     seen: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     print(seen)
