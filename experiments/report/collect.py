@@ -66,14 +66,15 @@ def _run(n: int, trial: Trial, found: Json, most: int) -> Json:
         "folder": str(trial.folder),
         "sweep": trial.sweep,
         "case": trial.case,
-        "seed": config.get("run.seed", dict(trial.settings).get("run.seed")),
+        "known": bool(config),
+        "seed": config.get("run.seed", trial.seed),
         "status": summary.get("status") or trial.status or ("running" if rows or config else "waiting"),
         "error": trial.error,
         "rate": rate,
         "stamps": _stamps(found, epsilon),
         "privacy": summary.get("privacy", ""),
         "note": summary.get("note", ""),
-        "config": config | dict(trial.settings),
+        "config": dict(trial.settings) | config,
         "command": found["command"],
         "results": results,
         "curves": curves,
@@ -95,9 +96,11 @@ def _stamps(found: Json, epsilon: float | None) -> list[str]:
 
 
 def _report(runs: list[Json], trials: Sequence[Trial]) -> Json:
-    keys = _varied(runs, trials)
+    # A trial that waits has no configuration yet: what is the same in all others is taken for its own.
+    known = [run for run in runs if run["known"]] or runs
+    keys = _varied(known, trials)
     points = _points(runs, keys)
-    common = {key: value for key, value in runs[0]["config"].items() if all(run["config"].get(key) == value for run in runs)}
+    common = {key: value for key, value in known[0]["config"].items() if all(run["config"].get(key) == value for run in known)}
     rates = list(dict.fromkeys(run["rate"] for run in runs if run["rate"]))
     report = {
         "title": ", ".join(dict.fromkeys(trial.sweep or trial.name for trial in trials)) if len(runs) < 4 or trials[0].sweep else "Runs",

@@ -32,6 +32,7 @@ class Trial:
         name: the run folder's, or the trial's.
         folder: the run folder, which may not be there yet.
         sweep: the sweep's name; empty for a run by itself.
+        seed: the sweep's.
         case: the sweep's case; empty where there are none.
         status: what the sweep says; empty for a run by itself.
         error: why it failed, as the sweep says.
@@ -42,6 +43,7 @@ class Trial:
     name: str
     folder: Path
     sweep: str = ""
+    seed: int | None = None
     case: str = ""
     status: str = ""
     error: str = ""
@@ -72,9 +74,9 @@ def _trials_of(path: Path) -> Iterator[Trial]:
         try:
             sweep = json.loads((path / "sweep.json").read_text(encoding="utf-8"))
             for trial in sweep["trials"]:
-                said = {key: str(trial.get(key) or "") for key in ("case", "status", "error")}
-                settings = tuple(trial.get("settings", {}).items())
-                yield Trial(trial["name"], path / trial["folder"], sweep["name"], settings=settings, note=sweep.get("note") or "", **said)
+                settings = tuple(flat(trial.get("settings", {})))
+                said = {key: str(trial.get(key) or "") for key in ("case", "status", "error")} | {"note": sweep.get("note") or ""}
+                yield Trial(trial["name"], path / trial["folder"], sweep["name"], trial.get("seed"), settings=settings, **said)
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{path}/sweep.json is damaged: {error!r}; give its run folders one by one.") from error
     elif (path / "metrics.jsonl").is_file():

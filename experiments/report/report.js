@@ -303,7 +303,7 @@ function detailsOf(run) {
   const inside = make("div", {}, make("p", {}, `Folder ${run.folder}. ${run.note} ${run.privacy} ${run.error}`.trim()));
   const keys = Object.keys(run.config).filter((key) => key !== "run.out");
   if (runs.length > 1) {
-    inside.append(make("b", {}, "What differs from the others"), tableOf([["key", "here", "others"], ...keys.map((key) => [key, plain(run.config[key]), [...new Set(runs.filter((r) => r !== run).map((r) => plain(configOf(r)[key]) || "not set"))].slice(0, 6).join(", ")])]));
+    inside.append(make("b", {}, "What differs from the others"), tableOf([["key", "here", "others"], ...keys.map((key) => [key, plain(run.config[key]), [...new Set(runs.filter((r) => r !== run && r.known).map((r) => plain(configOf(r)[key]) || "not set"))].slice(0, 6).join(", ")])]));
   }
   const all = Object.entries(configOf(run)).sort(([a], [b]) => a < b ? -1 : 1);
   inside.append(make("details", { open: runs.length === 1 }, make("summary", {}, "Whole configuration"), tableOf([["key", "value"], ...all.map(([key, value]) => [key, plain(value)])])));

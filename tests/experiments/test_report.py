@@ -82,6 +82,8 @@ def test_a_sweep_shows_all_its_trials_by_case_and_is_shown_once(tmp_path: Path) 
     assert [point["runs"] for point in shown["points"]] == [[0, 1], [2, 3]]
     assert (shown["title"], shown["notes"], shown["runs"][4]["stamps"]) == ("both", ["Tuning costs privacy."], [])
     assert [c["title"] for c in shown["columns"]][:3] == ["run", "case", "seed"]
+    assert shown["common"]["population.size"] == 500, "a trial that waits has no configuration that could differ"
+    assert shown["runs"][4]["config"] == {"codec.name": "dense", "run.seed": 3}
 
 
 def test_a_run_that_goes_on_is_shown_as_far_as_it_is_written_and_watched_to_its_end(tmp_path: Path) -> None:
