@@ -19,6 +19,9 @@ NO_DIFFERENCE = ("run.seed", "run.name", "run.init_digest", *(key for key in MAY
 MOST_COLUMNS = 8
 """Settings that the table shows; all are in the rows' details."""
 
+THINNING = ((256, 100), (256, 50), (256, 25), (128, 12), (64, 8), (32, 4), (16, 2), (8, 2))
+"""Points of a curve and columns of a heat map, tried in this order until the data fit."""
+
 LARGEST = 1_000_000
 """Bytes of data in a page: with Plotly it stays under 6 MB."""
 
@@ -31,20 +34,20 @@ def collect(paths: Sequence[Path]) -> Json:
     """
     trials = find_trials(paths)
     read = [read_run(trial) for trial in trials]
-    most = 256
-    while True:
-        runs = [_run(n, trial, found, most) for n, (trial, found) in enumerate(zip(trials, read, strict=True))]
+    report: Json = {}
+    for points, columns in THINNING:
+        runs = [_run(n, trial, found, points, columns) for n, (trial, found) in enumerate(zip(trials, read, strict=True))]
         report = _report(runs, trials)
-        if most <= 8 or len(json.dumps(report)) <= LARGEST:
-            return report
-        most //= 2
+        if len(json.dumps(report, default=str)) <= LARGEST:
+            break
+    return report
 
 
-def _run(n: int, trial: Trial, found: Json, most: int) -> Json:
+def _run(n: int, trial: Trial, found: Json, points: int, columns: int) -> Json:
     rows, summary, config = found["rows"], found["summary"], found["config"]
     rate = rate_of(rows)
     last: Json = next((row for row in reversed(rows) if row.get(rate) is not None), {})
-    curves = curves_of(rows, most)
+    curves = curves_of(rows, points)
     epsilon = next((row["epsilon"] for row in reversed(rows) if row.get("epsilon") is not None), None)
     results = {
         "rate": last.get(rate),
@@ -78,8 +81,8 @@ def _run(n: int, trial: Trial, found: Json, most: int) -> Json:
         "command": found["command"],
         "results": results,
         "curves": curves,
-        "layers": layers_of(rows, found["tensors"], min(most, 100)),
-        "speakers": speakers_of(found["speakers"], last, most),
+        "layers": layers_of(rows, found["tensors"], columns),
+        "speakers": speakers_of(found["speakers"], last, points),
     }
 
 

@@ -19,7 +19,7 @@ const COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9
 const SYMBOLS = [["circle", "●"], ["square", "■"], ["diamond", "◆"], ["triangle-up", "▲"], ["cross", "✚"], ["x", "✖"], ["triangle-down", "▼"], ["star", "★"]];
 const DASHES = ["solid", "dash", "dot", "dashdot"];
 
-const number = (v, digits = 3) => v === null || v === undefined ? "" : Math.abs(v) >= 1e5 || Number.isInteger(v) ? Math.round(v).toLocaleString("en") : String(Number(v.toPrecision(digits)));
+const number = (v, digits = 3) => v === null || v === undefined ? "" : Math.abs(v) >= 1e15 ? v.toExponential(digits - 1) : Math.abs(v) >= 1e5 || Number.isInteger(v) ? Math.round(v).toLocaleString("en") : String(Number(v.toPrecision(digits)));
 const percent = (v) => (100 * v).toFixed(1);
 function bytes(v) {
   const unit = v >= 1e12 ? [1e12, "TB"] : v >= 1e9 ? [1e9, "GB"] : v >= 1e6 ? [1e6, "MB"] : v >= 1e3 ? [1e3, "kB"] : [1, "B"];
@@ -159,6 +159,13 @@ function curves(chosen, measure, against, look = styleOfRun) {
   return { traces, sentence, legend: drawn.map((d) => ({ label: d.run.name, ...d.style, line: true })), layout: layoutOf([AXIS[against], si], [CURVE[measure], {}]) };
 }
 
+// A layer's name in few letters: first the modules above it by their initials, then its middle left out.
+function shortName(name, most) {
+  if (name.length <= most) return name;
+  const parts = name.split("."), brief = parts.map((part, i) => i === parts.length - 1 || /^\d+$/.test(part) ? part : part[0]).join(".");
+  return brief.length <= most ? brief : brief.slice(0, Math.ceil(most / 2)) + "…" + brief.slice(1 - Math.floor(most / 2));
+}
+
 function heat(run, key) {
   const found = run && run.layers[key];
   if (!found) return null;
@@ -167,15 +174,16 @@ function heat(run, key) {
   const positive = raw.flat().filter((v) => v !== null && (!log || v > 0));
   const low = positive.reduce((a, b) => Math.min(a, b), Infinity), high = positive.reduce((a, b) => Math.max(a, b), -Infinity);
   const z = log ? raw.map((layer) => layer.map((v) => v > 0 ? Math.log10(v) : null)) : raw;
-  const short = (name) => { const most = narrow() ? 14 : 32; return name.length <= most ? name : "…" + name.slice(1 - most); };
+  const labels = found.names.map((name) => shortName(name, narrow() ? 14 : window.innerWidth < 900 ? 22 : 32));
   const names = found.names, every = Math.ceil(names.length / (narrow() ? 24 : 40)), rows = names.map((_, i) => i), shown = rows.filter((i) => i % every === 0);
   const bar = { title: { text: unit, side: "right" }, thickness: 11, outlinewidth: 0, len: 1, ticksuffix: suffix };
-  const scale = log && positive.length ? { ...bar, tickmode: "array", ...(({ tickvals, ticktext }) => ({ tickvals: tickvals.map(Math.log10), ticktext }))(decades([low, Math.max(high, low * 1.01)], (v) => number(v))) } : bar;
+  const scale = log && positive.length ? { ...bar, tickmode: "array", ...(({ tickvals, ticktext }) => ({ tickvals: tickvals.map(Math.log10), ticktext }))(decades([low, Math.max(high, low * 1.01)], (v) => v >= 1e5 || v < 1e-3 ? v.toExponential(0) : number(v))) } : bar;
   const traces = [{ type: "heatmap", name: title, x: found.rounds, y: rows, z, customdata: raw, colorscale: "Cividis", ...(log ? {} : { zmin: 0, zmax: 100 }), colorbar: scale, text: names.map((name) => found.rounds.map(() => escapeHtml(name))),
     hovertemplate: `<b>%{text}</b><br>round %{x}<br>${unit} %{customdata:.4~g}${suffix}<extra></extra>`, hoverongaps: false }];
   const last = raw.map((layer) => layer[layer.length - 1]), order = rows.filter((i) => last[i] !== null).sort((a, b) => last[b] - last[a]);
   const ends = order.length ? ` In round ${found.rounds[found.rounds.length - 1]} the most is ${names[order[0]]} (${number(last[order[0]])}${suffix}), the least ${names[order[order.length - 1]]} (${number(last[order[order.length - 1]])}${suffix}).` : "";
-  const layout = layoutOf(["round", {}], ["", { tickmode: "array", tickvals: shown, ticktext: shown.map((i) => short(names[i])), autorange: "reversed" }]);
+  const layout = layoutOf(["round", {}], ["", { tickmode: "array", tickvals: shown, ticktext: shown.map((i) => labels[i]), autorange: "reversed" }]);
+  layout.margin.l = 16 + (narrow() ? 6.6 : 7.4) * Math.max(...labels.map((label) => label.length));
   layout.height = Math.min(900, 110 + Math.max(100, names.length * (names.length > 40 ? 8 : 20)));
   return { traces, layout, sentence: `${title}, by layer and round, in ${run.name}.${ends}`, legend: [], heading: title };
 }

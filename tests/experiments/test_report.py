@@ -122,6 +122,7 @@ def test_the_page_is_one_small_file_that_asks_for_no_other(tmp_path: Path, monke
     assert len(json.dumps(shown)) < LARGEST // 10
     first = shown["runs"][0]
     assert {1, 400} <= set(first["curves"]["round"]), "the ends of a thinned run are kept"
+    assert len(first["curves"]["round"]) > 4 * len(first["layers"]["layer_snr"]["rounds"]), "heat maps are thinned first"
     assert (first["curves"]["wer"][-1], first["curves"]["both"][-1]) == (0.2, first["results"]["both"])
     page = render(shown)
     assert len(page.encode()) < 6_000_000
