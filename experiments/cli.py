@@ -177,6 +177,27 @@ def compare(
 
 
 @app.command()
+def report(
+    paths: Annotated[list[Path], typer.Argument(metavar="RUN|SWEEP...", help="run folders and sweep folders", show_default=False)],
+    out: Annotated[
+        Path | None, typer.Option(help="the page; by default report.html in the folder, of several here", show_default=False)
+    ] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="write it anew until the runs have ended; the page reloads itself")] = False,
+    every: Annotated[float, typer.Option(min=0.5, help="seconds between two pages of --watch")] = 10.0,
+    export: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="also the figures as PNG and SVG, the table as CSV and LaTeX", show_default=False)
+    ] = None,
+) -> None:
+    """Show runs in one HTML page: error against bytes and epsilon, curves, layers, speakers, and a table to sort and pick from.
+
+    Example: `fedclip report runs/mine`, `fedclip report runs/a runs/b --out compared.html --export figures`
+    """
+    from experiments.report.command import report_command
+
+    raise typer.Exit(_guarded(lambda: report_command(paths, out, watch, every, export)))
+
+
+@app.command()
 def plan(
     experiment: ExperimentFile,
     set_: Set = None,

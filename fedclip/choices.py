@@ -37,3 +37,12 @@ LocalOptimizer = Literal["sgd", "adamw", "lamb"]
 
 Arithmetic = Literal["float32", "bfloat16", "float16"]
 """What forward and backward passes compute in; parameters and their steps stay float32."""
+
+
+def block_of(name: str) -> str:
+    """Return the path up to the first number in a tensor's name (`blocks.3.mlp.weight` -> `blocks.3`), else its module's path."""
+    parts = name.split(".")
+    numbered = [i for i, part in enumerate(parts) if part.isdigit()]
+    if numbered:
+        return ".".join(parts[: numbered[0] + 1])
+    return ".".join(parts[:-1]) or name

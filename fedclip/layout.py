@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 from torch import nn
 
-from fedclip.choices import Grouping
+from fedclip.choices import Grouping, block_of
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Layout:
 
     def grouped(self, grouping: Grouping) -> "Layout":
         """Return the same tensors with layers by tensor or by block."""
-        layers = self.names if grouping == "tensor" else tuple(_block_of(n) for n in self.names)
+        layers = self.names if grouping == "tensor" else tuple(block_of(n) for n in self.names)
         return self if layers == self.layers else Layout(self.names, self.shapes, layers)
 
     @cached_property
@@ -123,12 +123,3 @@ class Layout:
                 f"Expected a vector of shape ({self.size},) for this layout, got {tuple(vector.shape)}; is it another model's?"
             )
         return torch.split(vector, list(self.sizes))
-
-
-def _block_of(name: str) -> str:
-    """Return the path up to the first number in a tensor's name (`blocks.3.mlp.weight` -> `blocks.3`), else its module's path."""
-    parts = name.split(".")
-    numbered = [i for i, part in enumerate(parts) if part.isdigit()]
-    if numbered:
-        return ".".join(parts[: numbered[0] + 1])
-    return ".".join(parts[:-1]) or name

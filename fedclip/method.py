@@ -231,12 +231,25 @@ def _plain_clip(client: Chain) -> ClipByGlobalNorm | ClipPerLayer | None:
 def noise_to_bound(method: Method, layout: Layout) -> float:
     """Return the norm of the noise on the mean over the norm that the clip allows: `z sqrt(k) / S` where it is isotropic on k of them."""
     now = method.for_round(method.thresholds(layout), layout)
-    mechanism, denominator, bound = now.release.mechanism, now.release.denominator, now.bound(layout)
-    if mechanism is None or denominator == "weights":
-        return 0.0
     # As many coordinates as in any round but the first, where nothing is released yet that a mask could follow.
     support = now.client.support(1, layout, torch.ones(layout.size))
+    return math.hypot(*noise_norms(now, layout, support)) / now.bound(layout).total
+
+
+def noise_norms(now: Method, layout: Layout, support: torch.Tensor | None = None) -> tuple[float, ...]:
+    """Return the norm of the noise on each layer of the released mean, the root of its expected square: `sigma_h sqrt(k_h) / S`.
+
+    Args:
+        now: the method as it is in the round, see `Method.for_round`.
+        layout: how the vector is made up.
+        support: the coordinates that are sent, k_h of them in layer h; None: all.
+
+    Returns:
+        One number for each layer of the bound; none without noise.
+    """
+    mechanism, denominator, bound = now.release.mechanism, now.release.denominator, now.bound(layout)
+    if mechanism is None or denominator == "weights":
+        return ()
     there = layout if support is None else layout.restricted(support)
     sizes = there.grouped(bound.layers).layer_sizes
-    energy = math.fsum(d * s**2 for d, s in zip(sizes, mechanism.deviations(bound, there), strict=True))
-    return math.sqrt(energy) / (denominator * bound.total)
+    return tuple(s * math.sqrt(d) / denominator for d, s in zip(sizes, mechanism.deviations(bound, there), strict=True))

@@ -20,13 +20,15 @@ FORMAT = "fedclip-model-1"
 def save_model(path: Path, params: torch.Tensor, layout: Layout, experiment: Experiment, round: int) -> None:
     """Write a model so that the file is there whole or not at all; `params` has shape (d,).
 
+    The file holds tensors by name; their order in the vector, which lists of layers follow, is in the metadata.
+
     Raises:
         OSError: it cannot be written.
     """
     views = zip(layout.names, layout.shapes, layout.split(params.cpu()), strict=True)
     tensors = {name: values.view(shape).clone() for name, shape, values in views}
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    metadata = {"format": FORMAT, "experiment": json.dumps(experiment.plain()), "round": str(round)}
+    metadata = {"format": FORMAT, "experiment": json.dumps(experiment.plain()), "round": str(round), "tensors": json.dumps(layout.names)}
     try:
         save_file(tensors, temporary, metadata)
     except SafetensorError as error:  # the library says so of a full disk too

@@ -21,14 +21,14 @@ from fedclip.control import gradients_moved, next_of_server
 from fedclip.downlink import Sent
 from fedclip.fold import Fold, Grid
 from fedclip.layout import Layout
-from fedclip.method import AVERAGE_WEIGHT, Method, ServerState
+from fedclip.method import AVERAGE_WEIGHT, Method, ServerState, noise_norms
 from fedclip.rng import Streams
 from fedclip.spec import Block, RoundSpec
 from fedclip.stages import describe_stage
 from fedclip.tally import MOST_SAID, Tally, add_up, number
 from fedclip.tasks.base import Task
 from fedclip.transform import Ctx
-from fedclip.update import Dense, to_dense
+from fedclip.update import Dense, layer_norms, to_dense
 from fedclip.wire import pack_support, support_of
 
 BLOCKS_A_COHORT = 64
@@ -210,19 +210,31 @@ def advance(method: Method, state: ServerState, layout: Layout, plan: Plan, rele
     step = method.server.apply(Dense(released.mean), state.server, ctx)
     params = state.params - to_dense(step.update, layout)
     tally = dict(released.tally) | {f"server.{k}": list(v) if isinstance(v, tuple) else v for k, v in step.measurements.items()}
-    thresholds = state.thresholds
+    thresholds, support = state.thresholds, support_of(plan.spec, method.client, layout)
+    if method.release.mechanism is not None:
+        tally["server.layer_snr"] = _snr(method.for_round(thresholds, layout), layout, released.mean, support)
     if method.adaptive is not None:
         tally["server.max_norm"] = math.hypot(*thresholds)
         if len(thresholds) > 1:
             tally["server.layer_max_norm"] = list(thresholds)
         moved = method.adaptive.step(thresholds, released.fractions)
-        sent = _sent_layers(method, layout, support_of(plan.spec, method.client, layout))
+        sent = _sent_layers(method, layout, support)
         thresholds = tuple(new if there else old for old, new, there in zip(thresholds, moved, sent, strict=True))
-    average = _average(state.average, released.mean, support_of(plan.spec, method.client, layout)) if method.client.needs_average else None
+    average = _average(state.average, released.mean, support) if method.client.needs_average else None
     control = _control(method, state, released) if method.control else None
     after = ServerState(params, step.state, state.round + 1, thresholds=thresholds, sent=plan.sent, average=average, control=control)
     tally["server_seconds"] = time.perf_counter() - start
     return Outcome(after, tally, released.errors, released.attempt)
+
+
+def _snr(now: Method, layout: Layout, mean: torch.Tensor, support: torch.Tensor | None) -> list[float]:
+    """Return the norm of each layer of a released mean over that of its noise, about 1 where there is nothing but noise.
+
+    It is made of what was released and of public numbers, so that it costs no privacy.
+    """
+    noise = noise_norms(now, layout, support)
+    norms = layer_norms(Dense(mean), layout.grouped(now.bound(layout).layers))
+    return [norm / by if by else 0.0 for norm, by in zip(norms, noise, strict=True)]
 
 
 def _control(method: Method, state: ServerState, released: Released) -> torch.Tensor:

@@ -164,6 +164,18 @@ def layer_norms(update: Update, layout: Layout) -> list[float]:
     return [s**0.5 for s in squares]
 
 
+def layer_sparsity(update: Update, layout: Layout) -> list[float]:
+    """Return the share of each layer's coordinates that are zero, 0 to 1; of a layer without coordinates 0."""
+    there = [0] * len(layout.layer_names)
+    if isinstance(update, Sparse):
+        counts = layout.counts(update.indices[update.values != 0])
+    else:
+        counts = [int(torch.count_nonzero(piece)) for piece in pieces(update, layout)]
+    for layer, count in zip(layout.layer_of, counts, strict=True):
+        there[layer] += count
+    return [1 - n / size if size else 0.0 for n, size in zip(there, layout.layer_sizes, strict=True)]
+
+
 def norm(update: Update) -> float:
     """Return the L2 norm of the whole update, summed in float64."""
     return math.sqrt(energy(values_of(update)))

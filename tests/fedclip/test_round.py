@@ -18,10 +18,11 @@ from fedclip.method import Method, ServerState
 from fedclip.optimizers import SGD
 from fedclip.release import Gaussian, Release
 from fedclip.replica import Replica
-from fedclip.round import begin, deal, finish
+from fedclip.round import advance, begin, deal, finish, release
 from fedclip.sampling import Poisson
 from fedclip.schedules import Schedule
 from fedclip.simulation import initial_params
+from fedclip.sparsify import CommonMask, TopK
 from fedclip.spec import RoundSpec
 from fedclip.stages import gaussian, local_sgd, poisson
 from fedclip.tasks.vision import build_vision
@@ -294,6 +295,53 @@ def test_an_empty_cohort_under_noise_is_still_a_released_round():
     assert state.round == 1
     assert outcome.tally.get("users", 0.0) == 0.0
     assert (initial_params(Line()) - state.params).abs().min() > 1.0
+
+
+def snr_of_rounds(method, rounds=1):
+    layout = Replica(VISION.make_model()).layout
+    state, found = ServerState.initial(initial_params(VISION), method, layout), []
+    for _ in range(rounds):
+        outcome = finish(method, state, layout, begin(method, state, layout, "s", "run"), [])
+        state = outcome.state
+        found.append(outcome.tally["server.layer_snr"])
+    return np.array(found), layout
+
+
+@pytest.mark.parametrize("split", ["isotropic", "bounds"])
+def test_the_signal_to_noise_of_nothing_but_noise_is_one_in_each_layer(split):
+    mechanism = Gaussian(0.7, split)
+    found, layout = snr_of_rounds(dataclasses.replace(private(), release=Release(mechanism, 12.0)), rounds=60)
+    mean_square = (found**2).mean(axis=0)
+    assert mean_square == pytest.approx(1.0, abs=5 * math.sqrt(2 / (60 * min(layout.layer_sizes))))
+    masked = chain(CommonMask(density=0.3), ClipPerLayer(0.5))
+    found, _ = snr_of_rounds(dataclasses.replace(private(), client=masked, release=Release(mechanism, 12.0)), rounds=60)
+    assert (found**2).mean(axis=0)[np.array(layout.layer_sizes) > 50] == pytest.approx(1.0, abs=0.25)
+
+
+def test_the_signal_to_noise_is_of_what_was_released_and_grows_with_it():
+    method = private()
+    layout = Replica(VISION.make_model()).layout
+    state = ServerState.initial(initial_params(VISION), method, layout)
+    plan = begin(method, state, layout, "s", "run")
+    partial = train_blocks(Site(VISION, Replica(VISION.make_model())), plan.spec, plan.blocks)
+    released = release(method, state, layout, plan, [partial])
+    tally = advance(method, state, layout, plan, released).tally
+    deviation = 0.5 * method.bound(layout).total / 12.0
+    by_hand = [float(p.double().norm()) / (deviation * math.sqrt(p.numel())) for p in layout.split(released.mean)]
+    assert tally["server.layer_snr"] == pytest.approx(by_hand)
+    louder = dataclasses.replace(released, mean=10 * released.mean)
+    assert advance(method, state, layout, plan, louder).tally["server.layer_snr"] == pytest.approx([10 * v for v in by_hand])
+    public = dataclasses.replace(method, release=Release())
+    assert "server.layer_snr" not in finish(public, state, layout, plan, [partial]).tally
+
+
+def test_the_sparsity_of_each_layer_is_of_what_was_sent():
+    method = dataclasses.replace(private(), client=chain(TopK(0.1), ClipPerLayer(0.5)), release=Release())
+    _, outcomes = run(method, rounds=1)
+    layout, users = Replica(VISION.make_model()).layout, outcomes[0].tally["users"]
+    shares = np.array(outcomes[0].tally["chain.layer_sparsity"]) / users
+    most = np.array([1 - max(1, round(0.1 * size)) / size for size in layout.layer_sizes])
+    assert shares == pytest.approx(most, abs=1e-9)
 
 
 def test_an_empty_cohort_without_noise_changes_nothing():

@@ -15,6 +15,7 @@ from fedclip.update import (
     finite_or_zero,
     is_finite,
     layer_norms,
+    layer_sparsity,
     norm,
     pieces,
     scale,
@@ -36,6 +37,18 @@ def test_norms_agree_with_float64_and_with_the_dense_form(case):
     for h, n in enumerate(layer_norms(update, layout)):
         of_layer = [p.numpy() for p, layer in zip(parts, layout.layer_of, strict=True) if layer == h]
         assert n == pytest.approx(float64_norm(np.concatenate(of_layer)), rel=1e-12)
+
+
+@given(updates_with_layouts())
+def test_sparsity_is_the_share_of_zeros_of_each_layer_sparse_or_dense(case):
+    layout, update = case
+    layout, whole = layout.grouped("block"), to_dense(update, layout)
+    found = layer_sparsity(update, layout)
+    assert found == layer_sparsity(Dense(whole), layout)
+    for h, share in enumerate(found):
+        of_layer = [p.numpy() for p, layer in zip(layout.split(whole), layout.layer_of, strict=True) if layer == h]
+        values = np.concatenate(of_layer)
+        assert share == pytest.approx((values == 0).mean() if values.size else 0.0)
 
 
 @given(updates_with_layouts(), st.sampled_from([0.0, 1.0, 0.3, 1e-35, 1e-44]))

@@ -1,0 +1,201 @@
+"""What a report shows: runs, points over seeds with their fronts, the table's columns, all as data that page, exports and tests share."""
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.prepare import MAY_CHANGE
+from experiments.report.read import Json, Trial, curves_of, find_trials, layers_of, rate_of, read_run, speakers_of
+from experiments.report.words import columns_of, sentence_of, short_names
+
+AXES = ("both", "up", "down", "epsilon", "extrapolated", "users", "seconds")
+"""What an error rate is shown against: bytes of the whole run, epsilon, users trained, seconds."""
+
+NO_DIFFERENCE = ("run.seed", "run.name", "run.init_digest", *(key for key in MAY_CHANGE if key not in ("run.rounds", "run.init_from")))
+"""Keys, or beginnings of keys, in which runs of one point may differ."""
+
+MOST_COLUMNS = 8
+"""Settings that the table shows; all are in the rows' details."""
+
+THINNING = ((256, 100), (256, 50), (256, 25), (128, 12), (64, 8), (32, 4), (16, 2), (8, 2))
+"""Points of a curve and columns of a heat map, tried in this order until the data fit."""
+
+LARGEST = 1_000_000
+"""Bytes of data in a page: with Plotly it stays under 6 MB."""
+
+
+def collect(paths: Sequence[Path]) -> Json:
+    """Return what a report of these run and sweep folders shows; long runs are thinned until the data fit a page.
+
+    Raises:
+        ConfigError: a path is no run or sweep folder, or a file of it is damaged.
+    """
+    trials = find_trials(paths)
+    read = [read_run(trial) for trial in trials]
+    report: Json = {}
+    for points, columns in THINNING:
+        runs = [_run(n, trial, found, points, columns) for n, (trial, found) in enumerate(zip(trials, read, strict=True))]
+        report = _report(runs, trials)
+        if len(json.dumps(report, default=str)) <= LARGEST:
+            break
+    return report
+
+
+def _run(n: int, trial: Trial, found: Json, points: int, columns: int) -> Json:
+    rows, summary, config = found["rows"], found["summary"], found["config"]
+    rate = rate_of(rows)
+    last: Json = next((row for row in reversed(rows) if row.get(rate) is not None), {})
+    curves = curves_of(rows, points)
+    epsilon = next((row["epsilon"] for row in reversed(rows) if row.get("epsilon") is not None), None)
+    results = {
+        "rate": last.get(rate),
+        "low": last.get(f"{rate}_low", last.get(rate)),
+        "high": last.get(f"{rate}_high", last.get(rate)),
+        "cer": last.get("cer"),
+        **{name: curves[name][-1] if rows else None for name in ("both", "up", "down", "users", "seconds")},
+        "rounds": rows[-1]["round"] if rows else 0,
+        "epsilon": epsilon,
+        "delta": next((row["delta"] for row in reversed(rows) if row.get("delta") is not None), None),
+        "extrapolated": (summary.get("extrapolated") or {}).get("epsilon"),
+        "ratio": summary.get("both_ways_ratio"),
+        "noise_to_bound": summary.get("noise_to_bound"),
+        "parameters": summary.get("parameters"),
+    }
+    return {
+        "id": n,
+        "name": trial.name,
+        "folder": str(trial.folder),
+        "sweep": trial.sweep,
+        "case": trial.case,
+        "known": bool(config),
+        "seed": config.get("run.seed", trial.seed),
+        "status": summary.get("status") or trial.status or ("running" if rows or config else "waiting"),
+        "error": trial.error,
+        "rate": rate,
+        "stamps": _stamps(found, epsilon),
+        "privacy": summary.get("privacy", ""),
+        "note": summary.get("note", ""),
+        "config": dict(trial.settings) | config,
+        "command": found["command"],
+        "results": results,
+        "curves": curves,
+        "layers": layers_of(rows, found["tensors"], columns),
+        "speakers": speakers_of(found["speakers"], last, points),
+    }
+
+
+def _stamps(found: Json, epsilon: float | None) -> list[str]:
+    """Return the words that go with every figure of a run; of one that is not done, those that its rows can tell."""
+    summary = found["summary"]
+    if not summary and not found["rows"]:
+        return []
+    if epsilon is None and "measured" not in summary:
+        return ["not private"]
+    said = summary.get("privacy", "nominal")  # until it says otherwise a run is a seeded simulation
+    stamps = ["private", *(word for word in ("nominal", "insecure") if word in said)]
+    return [*stamps, *(["extrapolated"] if summary.get("extrapolated") else [])]
+
+
+def _report(runs: list[Json], trials: Sequence[Trial]) -> Json:
+    # A trial that waits has no configuration yet: what is the same in all others is taken for its own.
+    known = [run for run in runs if run["known"]] or runs
+    keys = _varied(known, trials)
+    points = _points(runs, keys)
+    common = {key: value for key, value in known[0]["config"].items() if all(run["config"].get(key) == value for run in known)}
+    rates = list(dict.fromkeys(run["rate"] for run in runs if run["rate"]))
+    report = {
+        "title": ", ".join(dict.fromkeys(trial.sweep or trial.name for trial in trials)) if len(runs) < 4 or trials[0].sweep else "Runs",
+        "sentence": sentence_of(runs),
+        "privacy": sorted({run["privacy"] for run in runs if run["privacy"]}),
+        "notes": sorted({note for note in (*(run["note"] for run in runs), *(trial.note for trial in trials)) if note}),
+        "stamps": list(dict.fromkeys(stamp for run in runs for stamp in run["stamps"])),
+        "keys": keys,
+        "names": short_names(keys),
+        "rates": rates,
+        "columns": columns_of(runs, keys[:MOST_COLUMNS]),
+        "common": common,
+        "points": points,
+        "fronts": {rate: {axis: front([p for p in points if p["rate"] == rate], axis, rate) for axis in AXES} for rate in rates},
+        "runs": [run | {"config": {k: v for k, v in run["config"].items() if k not in common}} for run in runs],
+        "base": os.path.commonpath([str(trial.folder.resolve()) for trial in trials]),
+    }
+    return report
+
+
+def _varied(runs: Sequence[Json], trials: Sequence[Trial]) -> list[str]:
+    """Return the keys that runs differ in: what a sweep varies, else all but those that change no result, seeds and cases apart."""
+    swept = list(dict.fromkeys(key for trial in trials for key, _ in trial.settings))
+    alone = all(trial.sweep for trial in trials) and len({trial.sweep for trial in trials}) == 1
+    every = swept if alone else list(dict.fromkeys(key for run in runs for key in run["config"]))
+    cases = {key for trial in trials if trial.case for key, _ in trial.settings} if alone and any(t.case for t in trials) else set()
+    texts = {key: {json.dumps(run["config"].get(key)) for run in runs} for key in every}
+    varied = [key for key in every if len(texts[key]) > 1 and not key.startswith(NO_DIFFERENCE)]
+    free = [key for key in varied if key not in cases or not _follows_case(key, runs)]
+    return sorted(free, key=lambda key: sum(key not in run["config"] for run in runs))
+
+
+def _follows_case(key: str, runs: Sequence[Json]) -> bool:
+    """Return whether a setting is the same in all runs of each case, so that the case says it."""
+    by_case: dict[str, set[str]] = {}
+    for run in runs:
+        by_case.setdefault(run["case"], set()).add(json.dumps(run["config"].get(key)))
+    return all(len(values) == 1 for values in by_case.values())
+
+
+def _points(runs: Sequence[Json], keys: Sequence[str]) -> list[Json]:
+    """Return a point for each configuration: means over its seeds and their range; of one run the 95% interval of its error rate."""
+    groups: dict[str, list[Json]] = {}
+    for run in runs:
+        if run["results"]["rate"] is not None:
+            said = {key: value for key, value in run["config"].items() if not key.startswith(NO_DIFFERENCE)}
+            same = json.dumps([run["command"], run["case"], run["rate"], said], sort_keys=True, default=str)
+            groups.setdefault(same, []).append(run)
+    points = []
+    for n, members in enumerate(groups.values()):
+        results, first = [run["results"] for run in members], members[0]
+        point: Json = {"id": n, "runs": [run["id"] for run in members], "rate": first["rate"], "case": first["case"]}
+        point["label"] = _label(members, keys)
+        point["y"] = _spread([r["rate"] for r in results])
+        if len(members) == 1:
+            point["y"] |= {"low": results[0]["low"], "high": results[0]["high"]}
+        point["x"] = {axis: _spread(values) for axis in AXES if (values := [r[axis] for r in results if r[axis]])}
+        point["values"] = {key: first["config"].get(key) for key in keys}
+        points.append(point)
+    return points
+
+
+def _spread(values: Sequence[float]) -> Json:
+    return {"mean": sum(values) / len(values), "low": min(values), "high": max(values)}
+
+
+def _label(members: Sequence[Json], keys: Sequence[str]) -> str:
+    """Return what tells a point from the others: a run's name where it is alone, else its case and settings."""
+    if len(members) == 1:
+        return str(members[0]["name"])
+    alike: str = os.path.commonprefix([run["name"] for run in members]).rstrip("0123456789-_. /=")  # noqa: RUF071  names, not paths
+    if alike and not members[0]["sweep"]:
+        return alike
+    names, config = short_names(keys), members[0]["config"]
+    said = [members[0]["case"], *(f"{names[key]} {plain(config[key])}" for key in keys[:4] if config.get(key) is not None)]
+    return ", ".join(filter(None, said)) or alike or str(members[0]["name"])
+
+
+def plain(value: Any) -> str:
+    """Return a setting as a person writes it."""
+    if isinstance(value, float):
+        return f"{value:g}"
+    return " + ".join(map(plain, value)) if isinstance(value, list) else str(value)
+
+
+def front(points: Iterable[Json], axis: str, rate: str) -> list[int]:
+    """Return the points that none beats in both, from the least of `axis` on: word error rates fall, accuracies rise."""
+    sign = 1 if rate == "wer" else -1
+    there = sorted((p["x"][axis]["mean"], sign * p["y"]["mean"], p["id"]) for p in points if axis in p["x"])
+    kept, best = list[int](), float("inf")
+    for _, error, point in there:
+        if error < best:
+            kept.append(point)
+            best = error
+    return kept

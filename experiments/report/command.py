@@ -1,0 +1,59 @@
+"""What `fedclip report` does: write the page, the files of `--export`, and both anew while runs go on."""
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from experiments.report.collect import collect
+from experiments.report.export import export
+from experiments.report.page import render
+from experiments.report.read import Json
+from fedclip.options import ConfigError
+
+ENDED = ("done", "failed", "interrupted", "budget spent", "too many users failed")
+
+
+def report_command(
+    paths: Sequence[Path], out: Path | None, watch: bool, every: float, folder: Path | None, wait: Callable[[float], None] = time.sleep
+) -> int:
+    """Write the report of run and sweep folders, and return the exit status; with `watch` until all runs have ended, or Ctrl-C.
+
+    Raises:
+        ConfigError: a path is no run or sweep folder, a file of it is damaged, or the report cannot be written.
+    """
+    file = out or (paths[0] / "report.html" if len(paths) == 1 else Path("report.html"))
+    try:
+        while True:
+            report = collect(paths)
+            going = watch and not _ended(report)
+            _write(file, render(report, every if going else None))
+            if not going:
+                break
+            print(f"{file}: {_progress(report)}", flush=True)
+            wait(every)
+    except KeyboardInterrupt:  # the last page must not ask for a next one
+        _write(file, render(collect(paths)))
+    print(f"report: {file} ({len(report['runs'])} runs)")
+    if folder is not None:
+        for name in export(report, folder):
+            print(f"  {folder / name}")
+    return 0
+
+
+def _ended(report: Json) -> bool:
+    return all(run["status"] in ENDED for run in report["runs"])
+
+
+def _progress(report: Json) -> str:
+    statuses = [run["status"] for run in report["runs"]]
+    return ", ".join(f"{statuses.count(status)} {status}" for status in dict.fromkeys(statuses))
+
+
+def _write(file: Path, page: str) -> None:
+    temporary = file.with_name(f".{file.name}.new")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(page, encoding="utf-8")
+        temporary.replace(file)
+    except OSError as error:
+        raise ConfigError(f"The report cannot be written: {error}; choose another file by --out.") from error
