@@ -33,6 +33,9 @@ from fedclip.wire import Wire
 
 log = logging.getLogger(__name__)
 
+WORTH_A_THREAD = 1e-3
+"""Seconds that reading the user before took, from which on the next one is read by a thread."""
+
 
 @dataclass(eq=False)
 class Site:
@@ -73,6 +76,15 @@ class Partial:
     clip_bits: tuple[int, ...] = ()
 
 
+@dataclass(frozen=True, eq=False)
+class _Loaded:
+    """A user's examples, or the contribution of one whose data cannot be loaded, and how long training waited for them."""
+
+    examples: Sequence[Any]
+    failed: Contribution | None
+    seconds: float
+
+
 class Client:
     """The client side of one round at one site: the stages rebuilt from the specification, the model as it was sent.
 
@@ -98,6 +110,7 @@ class Client:
         if states is None and has_content(self.fresh):
             keeper = "a control variate" if spec.control else self.chain.name
             raise ValueError(f"{keeper} keeps a state for each user, and there is no place to keep it; give a folder for it.")
+        self._load_seconds = 0.0  # of the user before
         self.params = self._vector(spec.params)
         self.control = self._vector(spec.control) if spec.control else None
 
@@ -109,34 +122,46 @@ class Client:
         """Train the users of some blocks one after another, and yield each one's block and contribution.
 
         While one user trains, a thread reads the data of the next, so that training waits for the first alone where reading is faster.
+        Data that are there sooner than a thread would be woken are read at once.
         """
         users = [(block, user) for block, members in blocks for user in members]
         with ThreadPoolExecutor(1, "fedclip-reader", settle_thread) as reader:
-            ahead = reader.submit(self._load, users[0][1]) if users else None
+            ahead: Future[Sequence[Any]] | None = None
             for n, (block, user) in enumerate(users):
-                data, ahead = ahead, reader.submit(self._load, users[n + 1][1]) if n + 1 < len(users) else None
-                yield block, self.train_user(user, data)
+                loaded = self._loaded(user, ahead)
+                follows = n + 1 < len(users) and self._load_seconds > WORTH_A_THREAD
+                ahead = reader.submit(self._load, users[n + 1][1]) if follows else None
+                yield block, self._contribution(user, loaded)
 
-    def train_user(self, user: int, data: "Future[Sequence[Any]] | None" = None) -> Contribution:
+    def train_user(self, user: int) -> Contribution:
         """Load a user's data, train, pass the update through the chain and encode it.
 
         Whatever the user's data or the task raises makes the user a failed one, never the round.
-
-        Args:
-            user: the user.
-            data: the user's examples, where they are being read already.
         """
-        start = time.perf_counter()
-        try:
-            examples = self._load(user) if data is None else data.result()
-            contribution = self._train(user, examples, time.perf_counter() - start)
-        except Exception as error:
-            log.debug("user %d failed", user, exc_info=True)
-            return Contribution(user, None, 0.0, {"failed_users": 1.0}, shortened(f"user {user}: {type(error).__name__}: {error}"))
-        return contribution
+        return self._contribution(user, self._loaded(user))
 
     def _load(self, user: int) -> Sequence[Any]:
-        return self.site.task.load_user(user, self.spec.streams.generator("data", user))
+        start = time.perf_counter()
+        examples = self.site.task.load_user(user, self.spec.streams.generator("data", user))
+        self._load_seconds = time.perf_counter() - start
+        return examples
+
+    def _loaded(self, user: int, ahead: "Future[Sequence[Any]] | None" = None) -> "_Loaded":
+        start, failed = time.perf_counter(), None
+        examples: Sequence[Any] = ()
+        try:
+            examples = self._load(user) if ahead is None else ahead.result()
+        except Exception as error:  # noqa: BLE001  of the user alone; the exception itself would keep its frames
+            failed = _failed(user, error)
+        return _Loaded(examples, failed, time.perf_counter() - start)
+
+    def _contribution(self, user: int, loaded: "_Loaded") -> Contribution:
+        if loaded.failed is not None:
+            return loaded.failed
+        try:
+            return self._train(user, loaded.examples, loaded.seconds)
+        except Exception as error:  # noqa: BLE001  a task may raise anything
+            return _failed(user, error)
 
     def sync(self) -> None:
         """Wait until the states of the users that were trained are durable."""
@@ -210,7 +235,7 @@ class Collector:
         chain = Chain(tuple(build_stage(s) for s in spec.client))
         self.wire = Wire.of(spec, chain, layout)
         self.guard: Transform | None = chain.guard
-        self.params = torch.empty(0)
+        self.ctx = Ctx(layout, spec.streams.generator("chain"), spec.streams.round, torch.empty(0))
         self.fold = Fold(layout.size, spec.grid, device)
         self.clip_bits = np.zeros(spec.clip_bits, dtype=np.int64)
         self.tallies: dict[int, Tally] = {}
@@ -226,7 +251,7 @@ class Collector:
                 weight = 1.0 if self.spec.private else contribution.weight
                 bits = unpack_bits(contribution.clip_bits, self.spec.clip_bits)
                 update, finite = self._open(contribution)
-                self.fold.add(update, weight)
+                self.fold.add(update, weight, within=self.guard is not None and weight == 1.0)
                 self.clip_bits += bits
                 tally = tally | {"weight": weight}
                 if not finite:
@@ -249,8 +274,7 @@ class Collector:
         update, finite = finite_or_zero(update)
         if self.guard is None:
             return update, finite
-        ctx = Ctx(self.layout, self.spec.streams.generator("chain"), self.spec.streams.round, self.params)
-        return self.guard.apply(update, None, ctx).update, finite
+        return self.guard.apply(update, None, self.ctx).update, finite
 
     def partial(self) -> Partial:
         """Return the sum so far."""
@@ -266,6 +290,11 @@ def train_blocks(site: Site, spec: RoundSpec, blocks: Iterable[Block], states: U
         collector.take(block, contribution)
     client.sync()
     return collector.partial()
+
+
+def _failed(user: int, error: Exception) -> Contribution:
+    log.debug("user %d failed", user, exc_info=error)
+    return Contribution(user, None, 0.0, {"failed_users": 1.0}, shortened(f"user {user}: {type(error).__name__}: {error}"))
 
 
 def _said_of(examples: Sequence[object]) -> str | None:

@@ -7,6 +7,7 @@ result has the same bits for every number of workers and every order.
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -83,24 +84,43 @@ class Fold:
         self.total = zeros(size, np.int64).to(device)
         self.users = 0
 
-    def add(self, update: Update, weight: float = 1.0) -> None:
-        """Add `weight` times an update.
+    def add(self, update: Update, weight: float = 1.0, *, within: bool = False) -> None:
+        """Add `weight` times an update; `within`: it is known to fit, because its norm is within the bound that the grid is for.
 
         Raises:
             FoldOverflow: a coordinate exceeds the grid's limit, or more users than it has room for; nothing was added.
         """
-        self.grid.check(update, weight)
+        if not within:
+            self.grid.check(update, weight)
         values = values_of(update)
         self._check_room(1)
         # The power of two keeps the product exact (a float32 has 24 bits, and a weight is applied first); the conversion truncates.
         if isinstance(update, Dense):
-            for total, part in zip(
-                torch.split(self.total, SPAN), torch.split(values, SPAN), strict=True
-            ):  # what is on the way stays in caches
-                _add(total, self._digits(part, weight))
+            self._add_dense(values, weight)
         else:
             self.total.scatter_add_(0, update.indices, self._digits(values, weight))
         self.users += 1
+
+    def _add_dense(self, values: torch.Tensor, weight: float) -> None:
+        if self.total.device.type != "cpu":
+            self.total += self._digits(values, weight)
+            return
+        # By NumPy into buffers that are kept: it adds int64 numbers in less than half of torch's time, and all stays in caches.
+        exact, digits = self._scratch
+        total, source = self.total.numpy(), values.numpy()
+        for start in range(0, len(source), SPAN):
+            end = min(start + SPAN, len(source))
+            x, n = exact[: end - start], digits[: end - start]
+            np.copyto(x, source[start:end])
+            if weight != 1.0:
+                x *= weight
+            x *= 2.0**self.grid.exponent
+            np.copyto(n, x, casting="unsafe")
+            total[start:end] += n
+
+    @cached_property
+    def _scratch(self) -> tuple[np.ndarray, np.ndarray]:
+        return np.empty(SPAN), np.empty(SPAN, dtype=np.int64)
 
     def _digits(self, values: torch.Tensor, weight: float) -> torch.Tensor:
         exact = values.double() * weight if weight != 1.0 else values.double()
@@ -126,11 +146,3 @@ class Fold:
     def _check_room(self, users: int) -> None:
         if self.users + users > self.grid.capacity:
             raise FoldOverflow(f"Expected at most {self.grid.capacity} users in a sum, got {self.users + users}; lower the cohort.")
-
-
-def _add(total: torch.Tensor, digits: torch.Tensor) -> None:
-    """Add in place; on the CPU by NumPy, whose sum of int64 numbers takes less than half of torch's time."""
-    if total.device.type == "cpu":
-        np.add(total.numpy(), digits.numpy(), out=total.numpy())
-    else:
-        total += digits

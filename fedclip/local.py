@@ -84,6 +84,12 @@ class LocalSGD:
         """Whether steps average over earlier gradients of the same user and round."""
         return self.momentum > 0 or (self.optimizer != "sgd" and self.betas[0] > 0)
 
+    @property
+    def _is_plain(self) -> bool:
+        """Whether a step is the parameters less the rate times the gradient of one batch, and nothing else."""
+        more = (self.momentum, self.clip_norm, self.weight_decay, self.proximal)
+        return self.optimizer == "sgd" and not any(more) and self.accumulate == 1 and self.precision == "float32"
+
     def train(
         self, replica: Replica, task: Task, examples: Sequence[Any], rng: np.random.Generator, correction: torch.Tensor | None = None
     ) -> float:
@@ -100,6 +106,7 @@ class LocalSGD:
             The mean training loss over the batches; NaN where the data gives no batch.
         """
         replica.model.train()
+        replica.flat_gradients = not (self._is_plain and correction is None)
         optimizer = InPlace(replica, self.optimizer, self.momentum, self.betas, self.eps, self.weight_decay)
         if self.proximal:
             replica.scratch("start").copy_(replica.params)
@@ -126,7 +133,7 @@ class LocalSGD:
     def _gradient(self, replica: Replica, task: Task, group: Sequence[Any], scale: "_Scale | None") -> tuple[list[torch.Tensor], bool]:
         begun = 1.0 if scale is None else scale.factor
         while True:
-            replica.grads.zero_()
+            replica.clear_gradients()
             factor = 1.0 if scale is None else scale.factor
             losses = [self._backward(replica.model, task, batch, factor) for batch in group]
             if len(group) > 1 or factor != 1.0:
@@ -151,11 +158,14 @@ class LocalSGD:
         return torch.zeros((), device=device) if total is None else total
 
     def _step(self, replica: Replica, optimizer: InPlace, correction: torch.Tensor | None) -> None:
+        if not replica.flat_gradients:
+            replica.descend(self.lr)
+            return
         grads, params = replica.grads, replica.params
-        factor = clip_factor(grads, self.clip_norm)
+        factor = None if self.clip_norm is None else clip_factor(grads, self.clip_norm)
         decay = self.weight_decay if self.optimizer == "sgd" else 0.0
         pulled = bool(decay or self.proximal or correction is not None)
-        if pulled:
+        if pulled and factor is not None:
             grads.mul_(factor)
         if decay:
             grads.add_(params, alpha=decay)

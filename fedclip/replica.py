@@ -43,6 +43,7 @@ class Replica:
             values.copy_(initial)
             parameter.data, parameter.grad = values, gradient
             start += size
+        self._trainable, self._gradients, self._flat = trainable, [p.grad for p in trainable], True
         self._buffers = [(b, b.clone()) for b in self.model.buffers()]
         self._scratch: dict[str, torch.Tensor] = {}
 
@@ -50,6 +51,31 @@ class Replica:
     def of(cls, task: Task, device: str = "cpu") -> Self:
         """Return a replica of a task's model, its weights as the task says they may lie."""
         return cls(task.make_model(), device, channels_last=bool(getattr(task, "channels_last", False)))
+
+    @property
+    def flat_gradients(self) -> bool:
+        """Whether `backward` adds into `grads`; otherwise each parameter takes the gradient that is made for it, which saves two passes."""
+        return self._flat
+
+    @flat_gradients.setter
+    def flat_gradients(self, flat: bool) -> None:
+        if flat != self._flat:
+            self._flat = flat
+            for parameter, gradient in zip(self._trainable, self._gradients, strict=True):
+                parameter.grad = gradient if flat else None
+
+    def clear_gradients(self) -> None:
+        """Begin a step."""
+        if self._flat:
+            self.grads.zero_()
+            return
+        for parameter in self._trainable:
+            parameter.grad = None
+
+    def descend(self, lr: float) -> None:
+        """Take a step of plain SGD with the gradients that the parameters hold."""
+        pairs = [(p.detach(), p.grad) for p in self._trainable if p.grad is not None]
+        torch._foreach_add_([p for p, _ in pairs], [g for _, g in pairs], alpha=-lr)
 
     def scratch(self, name: str) -> torch.Tensor:
         """Return a buffer of shape (d,), made at the first use of its name and the same from then on, with whatever was left in it."""
