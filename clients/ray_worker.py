@@ -147,7 +147,9 @@ def room_for_workers(resources: Resources) -> int:
 def worker_starter(app: str | ClientCallable, run_config: UserConfig, nodes: int, resources: Resources) -> Callable[[], Any]:
     """Return a function that starts an actor, without waiting for it. What becomes of one that dies is left to whoever started it."""
     register_arrays()
-    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(own_paths())}
+    # Memory in large pages, where the system gives them: what trains goes over whole models again and again.
+    tunables = ":".join(filter(None, ["glibc.malloc.hugetlb=1", os.environ.get("GLIBC_TUNABLES", "")]))
+    environment = {"OMP_NUM_THREADS": "1", "GLIBC_TUNABLES": tunables, "PYTHONPATH": os.pathsep.join(own_paths())}
     actor = ray.remote(Worker).options(
         num_cpus=resources.num_cpus,
         num_gpus=resources.num_gpus,

@@ -27,7 +27,7 @@ from fedclip.stages import build_stage
 from fedclip.tally import MOST_SAID, Tally, add_up, shortened
 from fedclip.tasks.base import Counts, Task
 from fedclip.transform import Chain, Ctx, State, Transform, has_content
-from fedclip.update import Dense, Update, finite_or_zero, layer_sparsity, scale, to_dense
+from fedclip.update import Dense, Sparse, Update, finite_or_zero, layer_sparsity, scale, to_dense
 from fedclip.user_states import UserStates, apart, halved, restored
 from fedclip.wire import Wire
 
@@ -205,7 +205,7 @@ class Client:
         if math.isfinite(loss):
             tally |= {"train_loss": loss, "losses": 1.0}
         tally |= {f"chain.{k}": list(v) if isinstance(v, tuple) else v for k, v in step.measurements.items()}
-        if self.chain.stages:
+        if isinstance(step.update, Sparse) or step.update.grid is not None:  # of others no value is left out
             tally["chain.layer_sparsity"] = layer_sparsity(step.update, self.layout)
         tally |= {"train_seconds": trained - start, "chain_seconds": time.perf_counter() - trained}
         return Contribution(user, payload, 1.0 if self.spec.private else weight, tally, _said_of(examples), bits, arriving)

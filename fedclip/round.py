@@ -31,7 +31,7 @@ from fedclip.transform import Ctx
 from fedclip.update import Dense, layer_norms, to_dense
 from fedclip.wire import pack_support, support_of
 
-BLOCKS_A_COHORT = 64
+BLOCKS_A_COHORT = 256
 """A cohort is dealt in about so many blocks: enough to share them out evenly, few enough to deal quickly."""
 
 ASKED_A_BLOCK = 64
