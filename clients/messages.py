@@ -104,7 +104,7 @@ def updates_reply(contributions: Iterable[tuple[int, Contribution]]) -> RecordDi
     arrays, said = ArrayRecord(), []
     for block, contribution in contributions:
         fields = asdict(contribution)
-        payload, _ = fields.pop("payload"), fields.pop("update")
+        payload, _, _ = (fields.pop(key) for key in ("payload", "update", "guarded"))
         said.append({"block": block, **fields, "clip_bits": contribution.clip_bits.hex()})
         if payload is not None:
             arrays[str(contribution.user)] = _bytes_array(payload)

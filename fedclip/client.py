@@ -50,7 +50,7 @@ class Contribution:
     """What one user gives: the encoded update, its weight, its packed clip bits and what was measured.
 
     A user that failed gives no payload. `error` says why, or what of the data of a user could not be read. Where the sum is formed in
-    the process that trained, `update` is what would arrive, and there is no payload.
+    the process that trained, `update` is what would arrive, and there is no payload; `guarded` says that the guard itself made it.
     """
 
     user: int
@@ -60,6 +60,7 @@ class Contribution:
     error: str | None = None
     clip_bits: bytes = b""
     update: Update | None = None
+    guarded: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,6 +104,7 @@ class Client:
         self.spec = spec.without_vectors()  # decoded below, and not needed again
         self.local: LocalSGD = build_stage(spec.local)
         self.chain = Chain(tuple(build_stage(s) for s in spec.client))
+        self._ends_in_guard = bool(self.chain.stages) and self.chain.stages[-1].guard is self.chain.stages[-1]
         self.wire = Wire.of(spec, self.chain, self.layout)
         self.codec: Codec = self.wire.codec
         self.fresh = fresh_state(self.chain, self.layout, bool(spec.control))
@@ -208,7 +210,10 @@ class Client:
         if isinstance(step.update, Sparse) or step.update.grid is not None:  # of others no value is left out
             tally["chain.layer_sparsity"] = layer_sparsity(step.update, self.layout)
         tally |= {"train_seconds": trained - start, "chain_seconds": time.perf_counter() - trained}
-        return Contribution(user, payload, 1.0 if self.spec.private else weight, tally, _said_of(examples), bits, arriving)
+        # The guard is the identity on what it has just let out here, unless something before it overflowed.
+        before = step.measurements.get("update_norm")
+        guarded = arriving is step.update and self._ends_in_guard and isinstance(before, float) and math.isfinite(before)
+        return Contribution(user, payload, 1.0 if self.spec.private else weight, tally, _said_of(examples), bits, arriving, guarded)
 
     def _sent(self, update: Update) -> tuple[bytes | None, Update | None, int]:
         """Return the payload of an update, or what would arrive of it, and the bytes that it takes."""
@@ -267,6 +272,8 @@ class Collector:
     def _open(self, contribution: Contribution) -> tuple[Update, bool]:
         """Decode and guard."""
         arrived = contribution.update
+        if arrived is not None and contribution.guarded:
+            return arrived, True
         return self.guarded(self.wire.decode(contribution.payload or b"") if arrived is None else arrived)
 
     def guarded(self, update: Update) -> tuple[Update, bool]:

@@ -68,6 +68,7 @@ class DenseCodec(Codec):
             raise WireError(f"Expected {layout.size} undamaged values, got {size} with a wrong checksum or header; damaged on the way.")
         return Dense(torch.from_numpy(np.frombuffer(body, dtype="<f4").astype(np.float32)))
 
-    def carried(self, update: Update, layout: Layout) -> tuple[Dense, int]:
+    def carried(self, update: Update, layout: Layout) -> tuple[Update, int]:
         """Return the vector, not a copy where the update is dense, and the 20 + 4 d bytes that nobody needs to make."""
-        return Dense(to_dense(update, layout)), HEADER.size + 4 * layout.size
+        same = isinstance(update, Dense) and update.grid is None
+        return update if same else Dense(to_dense(update, layout)), HEADER.size + 4 * layout.size
