@@ -92,5 +92,9 @@ def experiment_of(model: str, cohort: int, population: int, workers: int, device
         }
     values["run"] |= run
     values["ray"] = {"gpus_per_worker": 0.0 if device == "cpu" else 1.0 / workers}
-    values |= {"population": {"size": population}, "sampler": {"name": "fixed_size", "cohort": cohort}, "privacy": {"noise_multiplier": NOISE_MULTIPLIER}}
+    values |= {
+        "population": {"size": population},
+        "sampler": {"name": "fixed_size", "cohort": cohort},
+        "privacy": {"noise_multiplier": NOISE_MULTIPLIER},
+    }
     return resolve(make_experiment(values))

@@ -101,3 +101,15 @@ def test_another_layout_s_payload_is_refused(codec):
 @every
 def test_codecs_travel_as_plain_data(codec):
     assert build_stage(describe_stage(codec)) == codec
+
+
+@every
+@given(updates_with_layouts())
+def test_what_is_carried_is_what_the_payload_would_bring(codec, case):
+    layout, update = case
+    payload = codec.encode(update, layout)
+    arrives, size = codec.carried(update, layout)
+    decoded = codec.decode(payload, layout)
+    assert size == len(payload)
+    assert (type(arrives), arrives.grid) == (type(decoded), decoded.grid) or isinstance(arrives.grid, Codes)
+    assert bits(to_dense(arrives, layout)) == bits(to_dense(decoded, layout))

@@ -175,3 +175,18 @@ def test_no_cohort_is_drawn_when_the_budget_is_spent(monkeypatch):
     monkeypatch.setattr(Poisson, "draw", lambda *args: pytest.fail("a cohort was drawn"))
     with pytest.raises(BudgetSpent):
         begin(method(), ServerState.initial(torch.zeros(4), method(), LAYOUT), LAYOUT, "seed:1", "run", kept)
+
+
+def test_what_is_foreseen_is_what_is_spent():
+    kept, plain = account(), account()
+    for round in range(1, 4):
+        kept.foresee()
+        for ledger in (kept, plain):
+            ledger.charge("run", round, 0, Z, 0.5)
+        assert kept.spent() == plain.spent()
+    kept.foresee()  # of a release that is not made, and another that is foreseen by nobody
+    assert kept.spent() == plain.spent()
+    for ledger in (kept, plain):
+        ledger.charge("run", 4, 0, Z, 0.5)
+        ledger.charge("run", 5, 0, Z, 0.5)
+    assert kept.spent() == plain.spent()

@@ -299,3 +299,21 @@ def test_batches_are_cut_by_the_task_or_along_the_first_dimension():
 def test_numbers_of_another_optimizer_are_refused(wrong):
     with pytest.raises(ValueError, match="local optimizer"):
         LocalSGD(lr=0.1, steps=1, **wrong)
+
+
+@pytest.mark.parametrize("micro_batch", [None, 1])
+def test_plain_steps_have_the_bits_of_those_with_flat_gradients(micro_batch, monkeypatch):
+    local, trained = LocalSGD(lr=0.1, epochs=2, batch_size=2, micro_batch=micro_batch), []
+    for plain in (True, False, True):
+        if not plain:
+            monkeypatch.setattr(LocalSGD, "_is_plain", False)
+        replica = Replica(TASK.make_model())
+        local.train(replica, TASK, EXAMPLES, np.random.default_rng(3))
+        assert replica.flat_gradients is not plain
+        monkeypatch.undo()
+        # And back: one with a bound on the gradient takes the same replica after it.
+        LocalSGD(lr=0.1, epochs=1, batch_size=2, clip_norm=1e9).train(replica, TASK, EXAMPLES, np.random.default_rng(4))
+        assert replica.flat_gradients
+        trained.append(replica.params.clone())
+    assert torch.equal(trained[0], trained[1])
+    assert torch.equal(trained[0], trained[2])

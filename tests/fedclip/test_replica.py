@@ -54,3 +54,35 @@ def test_scratch_is_made_once():
     assert replica.scratch("a") is replica.scratch("a")
     assert replica.scratch("a") is not replica.scratch("b")
     assert replica.scratch("a").shape == replica.params.shape
+
+
+class Images(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.convolution, self.pointwise, self.out = nn.Conv2d(3, 5, 3), nn.Conv2d(5, 2, 1, bias=False), nn.Linear(2 * 36, 4)
+
+    def forward(self, x):
+        return self.out(self.pointwise(self.convolution(x).relu()).flatten(1))
+
+
+def images():
+    torch.manual_seed(0)
+    return Images()
+
+
+def test_channels_last_is_another_order_inside_and_none_outside():
+    plain, turned = Replica(images()), Replica(images(), channels_last=True)
+    start, x = torch.randn(plain.layout.size), torch.randn(4, 3, 8, 8)
+    for replica in (plain, turned):
+        replica.load(start)
+        replica.model(x).square().sum().backward()
+    assert turned.model.convolution.weight.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(turned.values(), start)
+    assert torch.equal(plain.params, start)
+    assert not torch.equal(turned.params, start)
+    assert torch.equal(turned.arranged(start), turned.params)
+    assert plain.arranged(start) is start
+    assert torch.allclose(turned.grads, turned.arranged(plain.grads), rtol=1e-3, atol=1e-5)
+    turned.params.add_(1)
+    assert torch.equal(turned.values(), start + 1)
+    assert torch.equal(turned.taken(), start + 1)

@@ -59,3 +59,15 @@ def test_torch_is_restored_when_the_block_raises():
     with pytest.raises(KeyError):
         draw_and_fail()
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_seeding_leaves_nothing_behind():
+    streams, queued = Streams("s", "r", 1), len(torch.cuda._queued_calls)
+    before = torch.get_rng_state()
+    drawn = []
+    for _ in range(2):
+        with streams.torch_seeded("training", 3):
+            drawn.append(torch.rand(4))
+    assert torch.equal(*drawn)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert len(torch.cuda._queued_calls) == queued  # torch keeps a call with its traceback for each manual_seed

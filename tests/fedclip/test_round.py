@@ -115,7 +115,7 @@ def test_the_cohort_is_dealt_in_blocks_of_consecutive_users_once_each():
     users = [u for _, block in blocks for u in block]
     assert users == sorted(set(users))
     assert [n for n, _ in blocks] == list(range(len(blocks)))
-    assert 55 <= len(blocks) <= 70
+    assert 220 <= len(blocks) <= 280
 
 
 def test_dealing_evens_out_predicted_costs_and_loses_nobody():
@@ -486,3 +486,24 @@ def test_evaluation_is_by_unit_on_the_given_parameters():
     site = Site(Line(), Replica(Line().make_model()))
     assert evaluate_units(site, torch.tensor([5.0, 6.0]), [0]) == [(0, {"w": 11.0})]
     assert not site.replica.model.training
+
+
+def test_what_the_last_clip_let_out_is_taken_as_it_is_and_anything_else_is_guarded():
+    method = private()
+    layout = Replica(VISION.make_model()).layout
+    plan = begin(method, ServerState.initial(initial_params(VISION), method, layout), layout, "s", "run")
+    user = plan.blocks[0][1][0]
+    sums = []
+    for encodes in (True, False):
+        client, collector = Client(Site(VISION, Replica(VISION.make_model())), plan.spec, encodes=encodes), Collector(plan.spec, layout)
+        contribution = client.train_user(user)
+        assert contribution.guarded is not encodes
+        collector.take(0, contribution)
+        sums.append(collector.fold.total)
+    assert torch.equal(*sums)
+    outside = Dense(torch.full((layout.size,), 9.0))
+    for update, refused in ((outside, False), (Dense(torch.full((layout.size,), math.nan)), True)):
+        collector = Collector(plan.spec, layout)
+        collector.take(0, dataclasses.replace(contribution, update=update, guarded=False))
+        norm = float(collector.fold.result().norm())
+        assert norm == 0.0 if refused else 0.99 < norm / method.bound(layout).total <= 1.0
