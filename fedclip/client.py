@@ -183,10 +183,11 @@ class Client:
         replica.load(self.params)
         with streams.torch_seeded("training", user, str(replica.params.device)):
             loss = self.local.train(replica, self.site.task, examples, streams.generator("batches", user), correction)
-        trained = time.perf_counter()
         # In the place of the parameters, which the next user's training sets anew: of a large model a vector is gigabytes.
-        trained_params = replica.taken()
-        update, finite = finite_or_zero(Dense(torch.sub(self.params, trained_params, out=trained_params)))
+        result = replica.taken()
+        delta = Dense(torch.sub(self.params, result, out=result))
+        trained = time.perf_counter()
+        update, finite = finite_or_zero(delta)
         weight = user_weight(len(examples), self.spec.weighting, self.spec.max_examples)
         if self.spec.private:
             update = scale(update, weight)

@@ -128,8 +128,10 @@ def zeros(size: int, dtype: type[np.generic] = np.float32) -> torch.Tensor:
 def is_finite(update: Update) -> bool:
     """Return whether no stored value is NaN or infinite."""
     values = values_of(update)
-    # One pass without a temporary of the vector's size: a NaN or an infinity survives both reductions.
-    return not values.numel() or (math.isfinite(float(values.amin())) and math.isfinite(float(values.amax())))
+    # Without a temporary of the vector's size: a NaN or an infinity survives each reduction; a sum may overflow without one.
+    if not values.numel() or math.isfinite(float(values.sum())):
+        return True
+    return math.isfinite(float(values.amin())) and math.isfinite(float(values.amax()))
 
 
 def finite_or_zero(update: Update) -> tuple[Update, bool]:
