@@ -7,7 +7,7 @@ measured. Nothing is unpickled.
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,9 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from fedclip.client import Contribution, Partial
 from fedclip.spec import Block, RoundSpec
 from fedclip.tasks.base import Counts
+
+SAID = ("user", "weight", "tally", "error")
+"""What a client says of a user beside payload and clip bits. Nothing else of a `Contribution` is taken from a message."""
 
 BYTES_TYPE = "fedclip.bytes"
 """The `stype` of an `Array` whose data are a codec's payload."""
@@ -103,11 +106,10 @@ def updates_reply(contributions: Iterable[tuple[int, Contribution]]) -> RecordDi
     """Return the content of a reply with each user's encoded update; each comes with the number of its block."""
     arrays, said = ArrayRecord(), []
     for block, contribution in contributions:
-        fields = asdict(contribution)
-        payload, _, _ = (fields.pop(key) for key in ("payload", "update", "guarded"))
-        said.append({"block": block, **fields, "clip_bits": contribution.clip_bits.hex()})
-        if payload is not None:
-            arrays[str(contribution.user)] = _bytes_array(payload)
+        own = {name: getattr(contribution, name) for name in SAID}
+        said.append({"block": block, **own, "clip_bits": contribution.clip_bits.hex()})
+        if contribution.payload is not None:
+            arrays[str(contribution.user)] = _bytes_array(contribution.payload)
     return RecordDict({"updates": arrays, "reply": ConfigRecord({"contributions": json.dumps(said)})})
 
 
@@ -116,8 +118,9 @@ def read_updates_reply(content: RecordDict) -> list[tuple[int, Contribution]]:
     arrays = content.array_records["updates"]
     contributions = []
     for said in json.loads(_text(content.config_records["reply"], "contributions")):
-        block, key, bits = said.pop("block"), str(said["user"]), bytes.fromhex(said.pop("clip_bits"))
-        contributions.append((block, Contribution(payload=_payload(arrays, key) if key in arrays else None, clip_bits=bits, **said)))
+        key, bits = str(said["user"]), bytes.fromhex(said["clip_bits"])
+        payload, own = _payload(arrays, key) if key in arrays else None, {name: said[name] for name in SAID}
+        contributions.append((said["block"], Contribution(payload=payload, clip_bits=bits, **own)))
     return contributions
 
 

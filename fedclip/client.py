@@ -24,9 +24,9 @@ from fedclip.process import settle_thread
 from fedclip.replica import Replica
 from fedclip.spec import Block, RoundSpec
 from fedclip.stages import build_stage
-from fedclip.tally import MOST_SAID, Tally, add_up, shortened
+from fedclip.tally import MOST_SAID, Tally, add_up, number, shortened
 from fedclip.tasks.base import Counts, Task
-from fedclip.transform import Chain, Ctx, State, Transform, has_content
+from fedclip.transform import UNBOUNDED, Chain, Ctx, State, Transform, has_content
 from fedclip.update import Dense, Sparse, Update, finite_or_zero, layer_sparsity, scale, to_dense
 from fedclip.user_states import UserStates, apart, halved, restored
 from fedclip.wire import Wire
@@ -241,6 +241,8 @@ class Collector:
         chain = Chain(tuple(build_stage(s) for s in spec.client))
         self.wire = Wire.of(spec, chain, layout)
         self.guard: Transform | None = chain.guard
+        # A stage after the last clip may enlarge without limit; the grid is then no longer the clip's.
+        self._fits = self.guard is not None and chain.bound(UNBOUNDED, layout).total <= spec.grid.largest
         self.ctx = Ctx(layout, spec.streams.generator("chain"), spec.streams.round, torch.empty(0))
         self.fold = Fold(layout.size, spec.grid, device)
         self.clip_bits = np.zeros(spec.clip_bits, dtype=np.int64)
@@ -257,14 +259,14 @@ class Collector:
                 weight = 1.0 if self.spec.private else contribution.weight
                 bits = unpack_bits(contribution.clip_bits, self.spec.clip_bits)
                 update, finite = self._open(contribution)
-                self.fold.add(update, weight, within=self.guard is not None and weight == 1.0)
+                self.fold.add(update, weight, within=self._fits and weight == 1.0)
                 self.clip_bits += bits
                 tally = tally | {"weight": weight}
                 if not finite:
                     tally["not_finite"] = 1.0
             except (WireError, ArithmeticError) as fault:
                 sent = float(len(contribution.payload or b"") + len(contribution.clip_bits))
-                tally = {"failed_users": 1.0, "uplink_bytes": sent or tally["uplink_bytes"]}
+                tally = {"failed_users": 1.0, "uplink_bytes": sent if contribution.update is None else number(tally, "uplink_bytes")}
                 error = f"user {contribution.user}: {type(fault).__name__}: {fault}"
         if error is not None and len(self.errors) < MOST_SAID:
             self.errors.append(shortened(error))

@@ -92,13 +92,13 @@ class Fold:
         """
         if not within:
             self.grid.check(update, weight)
-        values = values_of(update)
+        values = values_of(update).to(self.total.device)
         self._check_room(1)
         # The power of two keeps the product exact (a float32 has 24 bits, and a weight is applied first); the conversion truncates.
         if isinstance(update, Dense):
             self._add_dense(values, weight)
         else:
-            self.total.scatter_add_(0, update.indices, self._digits(values, weight))
+            self.total.scatter_add_(0, update.indices.to(self.total.device), self._digits(values, weight))
         self.users += 1
 
     def _add_dense(self, values: torch.Tensor, weight: float) -> None:

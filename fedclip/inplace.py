@@ -39,18 +39,18 @@ class InPlace:
 
     @property
     def state(self) -> State:
-        """A copy of the state on the CPU: None, a momentum of shape (d,), or `Moments`."""
-        first, second = (None if t is None else t.detach().cpu().clone() for t in (self._first, self._second))
+        """A copy of the state on the CPU, in the layout's order: None, a momentum of shape (d,), or `Moments`."""
+        first, second = (None if t is None else self._replica.ordered(t.detach()).cpu() for t in (self._first, self._second))
         return first if first is None or second is None else Moments(self._steps, first, second)
 
     @state.setter
     def state(self, state: State) -> None:
         if isinstance(state, Moments) and self._second is not None:
             self._steps = state.steps
-            self._second.copy_(state.second)
+            self._second.copy_(self._replica.arranged(state.second))
             state = state.first
         if self._first is not None:
-            self._first.copy_(state)
+            self._first.copy_(self._replica.arranged(state))
 
     def step(self, lr: float, factor: torch.Tensor | None = None) -> None:
         """Take one step with the gradients, or with them times a factor, shape (); the gradients may be changed by it."""

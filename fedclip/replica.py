@@ -104,12 +104,16 @@ class Replica:
             _view(arranged[place], shape, turned=True).copy_(vector[place].view(shape))
         return arranged
 
+    def ordered(self, vector: torch.Tensor) -> torch.Tensor:
+        """Return a copy of a vector in the order of `params`, shape (d,), in the layout's order."""
+        ordered = vector.clone()
+        for place, shape in self._turned:
+            ordered[place].view(shape).copy_(_view(vector[place], shape, turned=True))
+        return ordered
+
     def values(self) -> torch.Tensor:
         """Return a copy of the parameters in the layout's order, shape (d,)."""
-        values = self.params.clone()
-        for place, shape in self._turned:
-            values[place].view(shape).copy_(_view(self.params[place], shape, turned=True))
-        return values
+        return self.ordered(self.params)
 
     def taken(self) -> torch.Tensor:
         """Return `params` itself put into the layout's order, for who has no use for the model until the next `load`."""

@@ -22,7 +22,7 @@ from fedclip.round import advance, begin, deal, finish, release
 from fedclip.sampling import Poisson
 from fedclip.schedules import Schedule
 from fedclip.simulation import initial_params
-from fedclip.sparsify import CommonMask, TopK
+from fedclip.sparsify import CommonMask, RandomK, TopK
 from fedclip.spec import RoundSpec
 from fedclip.stages import gaussian, local_sgd, poisson
 from fedclip.tasks.vision import build_vision
@@ -507,3 +507,22 @@ def test_what_the_last_clip_let_out_is_taken_as_it_is_and_anything_else_is_guard
         collector.take(0, dataclasses.replace(contribution, update=update, guarded=False))
         norm = float(collector.fold.result().norm())
         assert norm == 0.0 if refused else 0.99 < norm / method.bound(layout).total <= 1.0
+
+
+def test_a_stage_that_enlarges_after_the_clip_meets_the_limit_of_the_grid_and_never_wraps():
+    method = dataclasses.replace(private(), client=chain(ClipByGlobalNorm(1e5), RandomK(0.5, scale=True)), release=Release())
+    layout = Replica(VISION.make_model()).layout
+    plan = begin(method, ServerState.initial(initial_params(VISION), method, layout), layout, "s", "run")
+    collector = Collector(plan.spec, layout)
+    collector.take(0, Contribution(1, None, 1.0, {"users": 1.0, "uplink_bytes": 4.0}, update=Dense(torch.full((layout.size,), 500.0))))
+    assert collector.tallies[0]["failed_users"] == 1
+    assert collector.tallies[0]["uplink_bytes"] == 4
+    assert not collector.fold.total.any()
+
+
+def test_an_empty_payload_is_a_failed_user():
+    layout = Replica(VISION.make_model()).layout
+    method = private()
+    collector = Collector(begin(method, ServerState.initial(initial_params(VISION), method, layout), layout, "s", "run").spec, layout)
+    collector.take(0, Contribution(1, b"", 1.0, {"users": 1.0}))
+    assert collector.tallies[0] == {"failed_users": 1.0, "uplink_bytes": 0.0, "fold_seconds": collector.tallies[0]["fold_seconds"]}
