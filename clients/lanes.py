@@ -12,6 +12,13 @@ from clients.identity import SERVER_NODE_ID
 FIRST_NODE_ID = SERVER_NODE_ID + 1
 
 
+class MessageLost(BaseException):
+    """Raised on a worker that lost what it needs of the cluster: another one is to do its message again, as if it had died.
+
+    No `Exception`, so that nobody takes it for a failure of the app or of a user.
+    """
+
+
 @dataclass(frozen=True)
 class Parcel:
     """A message on its way: without its content, whose records go apart, so that what many messages share is stored once.
@@ -43,6 +50,7 @@ class Lanes:
         self._free: deque[int] = deque()
         self._own: dict[int, deque[Parcel]] = {}
         self._common: deque[Parcel] = deque()
+        self._lost: deque[Parcel] = deque()  # to be done again
         self._held: dict[int, deque[Parcel]] = {}  # node at work -> the messages it has yet to get
 
     def expect(self, worker: int) -> None:
@@ -60,15 +68,19 @@ class Lanes:
         """Queue a message."""
         self._lane(parcel.node).append(parcel)
 
-    def again(self, parcel: Parcel) -> None:
-        """Queue a message anew before all others, for any worker: the one that had it was lost."""
-        self.release(parcel.node)
-        self._common.appendleft(parcel)
+    def again(self, parcel: Parcel, *, holds: bool = True) -> None:
+        """Queue a message anew before all others, for any worker: the one that had it was lost.
+
+        `holds` says that its node is still at work with it; otherwise the node may have gone on to another message.
+        """
+        if holds:
+            self.release(parcel.node)
+        self._lost.append(parcel)
 
     def pairs(self) -> Iterator[tuple[int, Parcel]]:
         """Give each free worker that has one its next message."""
         for worker in [self._free.popleft() for _ in range(len(self._free))]:
-            parcel = self._next(self._own.get(worker)) or self._next(self._common)
+            parcel = self._next(self._lost) or self._next(self._own.get(worker)) or self._next(self._common)
             if parcel is None:
                 self._free.append(worker)
             else:
@@ -85,7 +97,7 @@ class Lanes:
 
     def drop(self, message_ids: set[str]) -> None:
         """Forget messages that no worker has begun."""
-        for lane in (*self._own.values(), self._common, *self._held.values()):
+        for lane in (*self._own.values(), self._common, self._lost, *self._held.values()):
             kept = [parcel for parcel in lane if parcel.id not in message_ids]
             lane.clear()
             lane.extend(kept)

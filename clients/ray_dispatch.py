@@ -14,7 +14,7 @@ from flwr.app import Error, Message, RecordDict
 from flwr.common.constant import ErrorCode
 
 from clients.identity import number
-from clients.lanes import Lanes, Parcel
+from clients.lanes import Lanes, MessageLost, Parcel
 from clients.ray_crew import FOLLOW_SECONDS, Crew
 
 POLL_SECONDS = 0.1  # what is sent while others run is listened for after this at the latest
@@ -146,7 +146,7 @@ class Dispatcher:
                 return _error(landed.parcel, ErrorCode.UNKNOWN, f"The reply to this message was lost: {error}")
             with self.changed:
                 self._awaited.add(landed.parcel.id)
-                self._again(landed.parcel, f"{error}\nThe reply was lost with its Ray node.")
+                self._again(landed.parcel, f"{error}\nThe reply was lost with its Ray node.", holds=False)
             return None
         number(reply, str(uuid4()))
         return reply
@@ -206,16 +206,18 @@ class Dispatcher:
             for ref, flight in list(self._flights.items()):
                 # Twice as long each time, as a new worker has more to do at first: it builds its task.
                 limit = math.inf if self._deadline is None else self._deadline * 2.0**flight.parcel.losses
-                if time.monotonic() - flight.since > limit:
+                if time.monotonic() - flight.since > limit and not ray.wait([ref], timeout=0, fetch_local=False)[0]:
                     self._lose(ref, f"took over {limit:g} s over this message; where nothing hangs, raise the deadline.")
 
     def _welcome(self, ref: Any) -> None:
         with self.changed:
-            worker = self.crew.arrived(ref)
-            if worker is not None:
-                self._lanes.expect(worker)
-                self._lanes.free(worker)
-                self._dispatch()
+            number = self.crew.starting[ref]
+            if self.crew.arrived(ref) is None:
+                self._lanes.leave(number)  # it may never come
+            else:
+                self._lanes.expect(number)
+                self._lanes.free(number)
+            self._dispatch()
             self.changed.notify_all()
 
     def _land(self, ref: Any) -> None:
@@ -224,6 +226,9 @@ class Dispatcher:
         try:
             state, reply = ray.get(ref), flight.reply
         except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, MessageLost):
+                self._lose(ref, "gave this message back.", error.cause)
+                return
             reply = _error(flight.parcel, ErrorCode.UNKNOWN, f"Ray could not run this message or return its reply: {error}")
         except ray.exceptions.RayError as error:
             self._lose(ref, "died, perhaps for want of memory.", error)
@@ -239,8 +244,8 @@ class Dispatcher:
             self._dispatch()
             self._answer(flight.parcel, reply)
 
-    def _lose(self, ref: Any, what: str, error: Exception | None = None) -> None:
-        """Replace a worker that died or hangs, and have its message done again."""
+    def _lose(self, ref: Any, what: str, error: BaseException | None = None) -> None:
+        """Replace a worker that died, hangs or gave up, and have its message done again."""
         with self.changed:
             flight = self._flights.pop(ref)
             name = self.crew.name(flight.worker)
@@ -248,12 +253,14 @@ class Dispatcher:
             self._lanes.leave(flight.worker)
             self._again(flight.parcel, (f"{error}\n" if error else "") + f"{name[0].upper()}{name[1:]} {what}")
 
-    def _again(self, parcel: Parcel, why: str) -> None:
+    def _again(self, parcel: Parcel, why: str, *, holds: bool = True) -> None:
+        """Have a message done again, or say why not; `holds`: its node is still at work with it."""
         if parcel.id in self._awaited and parcel.losses < self._retries:
             self._redone.append(parcel.id)
-            self._lanes.again(replace(parcel, losses=parcel.losses + 1))
+            self._lanes.again(replace(parcel, losses=parcel.losses + 1), holds=holds)
         else:
-            self._lanes.release(parcel.node)
+            if holds:
+                self._lanes.release(parcel.node)
             reason = f"{why} {parcel.losses + 1} workers in turn were lost over this message."
             self._answer(parcel, _error(parcel, ErrorCode.CLIENT_APP_CRASHED, reason))
         self._dispatch()

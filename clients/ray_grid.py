@@ -116,6 +116,11 @@ class RayGrid(Grid):
         """How many workers are up."""
         return len(self._at_work.crew.posts)
 
+    @property
+    def pinned(self) -> bool:
+        """Whether each node has a worker of its own, which does its messages as long as it is not lost."""
+        return self._at_work.pinned
+
     def context(self) -> Context:
         """Return a fresh `Context` to start a ServerApp with: `server_app(grid, grid.context())`."""
         return Context(self._run.run_id, SERVER_NODE_ID, {}, RecordDict(), dict(self._run_config))
@@ -138,7 +143,7 @@ class RayGrid(Grid):
         """Return for people which worker a node has for itself, and where; else its number."""
         at_work = self._at_work
         with at_work.changed:
-            return at_work.crew.name(node - FIRST_NODE_ID) if at_work.pinned else f"node {node}"
+            return at_work.crew.name(node - FIRST_NODE_ID) if self.pinned else f"node {node}"
 
     def take_faults(self) -> tuple[int, list[str]]:
         """Return how many workers were replaced since the last time, and the ids of the messages that were done again, once each time."""

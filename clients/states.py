@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 from uuid import uuid4
 
+from clients.lanes import MessageLost
 from fedclip.storage import Chunk, Storage
 from fedclip.user_states import StatesInFolder, UserStates
 
@@ -46,7 +47,10 @@ def states_at(place: str) -> UserStates | None:
 
 
 class Elsewhere(Storage):
-    """The files of another machine, by way of an actor there that is a `Storage`."""
+    """The files of another machine, by way of an actor there that is a `Storage`.
+
+    What the file operations raise there is raised here. Where the actor cannot be asked, each raises `MessageLost`: no user is to blame.
+    """
 
     def __init__(self, keeper: Any) -> None:
         self._keeper = keeper
@@ -102,4 +106,9 @@ class Elsewhere(Storage):
     def _ask(self, operation: str, *arguments: Any) -> Any:
         import ray
 
-        return ray.get(getattr(self._keeper, operation).remote(*arguments))
+        try:
+            return ray.get(getattr(self._keeper, operation).remote(*arguments))
+        except ray.exceptions.RayTaskError:
+            raise
+        except ray.exceptions.RayError as error:
+            raise MessageLost(f"The states of users cannot be reached: {error}") from error

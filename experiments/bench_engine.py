@@ -26,7 +26,7 @@ WARM_UP, RESAMPLES = 1, 10_000
 STAGES = {
     "load": ("load_seconds", True),
     "train": ("train_seconds", True),
-    "clip and encode": ("chain_seconds", True),
+    "clip": ("chain_seconds", True),
     "fold": ("fold_seconds", True),
     "noise": ("release_seconds", False),
     "accounting": ("account_seconds", False),

@@ -55,10 +55,10 @@ def read_app(folder: Path, run_config: Sequence[str] = ()) -> FlowerApp:
     if not file.is_file():
         raise ConfigError(f"{folder}: there is no pyproject.toml. Give the folder of a Flower app, as `flwr new` makes it.")
     for name in OWN_PACKAGES:
-        there = folder.absolute() / name
-        if (there.is_dir() or there.with_suffix(".py").is_file()) and not there.samefile(Path(__file__).parents[1] / name):
+        there, own = folder.absolute() / name, Path(__file__).parents[1] / name
+        if there.with_suffix(".py").is_file() or (there.is_dir() and not there.samefile(own)):
             raise ConfigError(
-                f"{folder}: its package '{name}' has the name of one of fedclip's, and Python imports one of a name. Rename it."
+                f"{folder}: its package or module '{name}' has the name of one of fedclip's, and Python imports one of a name. Rename it."
             )
     try:
         values, _ = load_and_validate(file)
@@ -108,14 +108,14 @@ def open_grid(app: FlowerApp, nodes: int, workers: int | None = None, address: s
         address: A Ray cluster to run them on; None: this machine.
 
     Raises:
-        ConfigError: Ray has too little for the workers, or isn't there.
+        ConfigError: Ray has too little for the workers, cannot start them, or isn't there.
     """
     from clients.ray_grid import RayGrid
 
     try:
         workers = workers or len(os.sched_getaffinity(0))
         return RayGrid(app.client, nodes=nodes, workers=workers, run_config=app.run_config, address=address)
-    except (ValueError, ConnectionError) as error:
+    except (ValueError, RuntimeError, ConnectionError) as error:
         raise ConfigError(f"ray: {error}") from error
 
 

@@ -1,5 +1,6 @@
 """How fast workers are, learned from what they did: for dealing out the next round, never for its result."""
 
+import math
 from collections.abc import Sequence
 
 
@@ -10,9 +11,9 @@ class Pace:
         self._speeds: dict[int, float] = {}
 
     def learn(self, worker: int, cost: float, seconds: float) -> None:
-        """Take in that a worker did what was predicted to cost `cost` in `seconds`."""
-        if cost > 0 and seconds > 0:
-            speed = cost / seconds
+        """Take in that a worker did what was predicted to cost `cost` in `seconds`, which it says itself: no speed, no lesson."""
+        speed = cost / seconds if seconds > 0 else 0.0
+        if 0 < speed < math.inf:  # of infinite seconds it is 0
             self._speeds[worker] = (self._speeds.get(worker, speed) + speed) / 2
 
     def of(self, workers: Sequence[int]) -> list[float] | None:

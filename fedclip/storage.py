@@ -70,8 +70,8 @@ class Storage:
             os.close(descriptor)
 
     def remove(self, path: Path) -> None:
-        """Take a file away."""
-        path.unlink()
+        """Take a file away, where it is there: it may be done again."""
+        path.unlink(missing_ok=True)
 
 
 TEMPORARY = ".part"

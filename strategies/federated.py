@@ -104,7 +104,9 @@ class Federated(Strategy):
         self.state = dataclasses.replace(self.state, params=params)
         self._plan = begin(self.method, self.state, self.layout, self._secret, self._run, self.account)
         nodes, spec = list(grid.get_node_ids()), self._plan.spec
-        shares = deal(self._plan.blocks, len(nodes), self.task, self._pace.of(nodes))
+        # Where any worker does any node's messages, what one did says nothing of the next time.
+        speeds = self._pace.of(nodes) if getattr(grid, "pinned", True) else None
+        shares = deal(self._plan.blocks, len(nodes), self.task, speeds)
         self._dealt = {node: share for node, share in zip(nodes, shares, strict=True) if share}
         model = messages.model_record(spec.params, spec.control)
         contents = {
@@ -219,14 +221,19 @@ class Federated(Strategy):
     def _learn(self, node: int, tallies: Iterable[Tally]) -> None:
         """Take in what a node did, for the next round's shares and for whoever watches."""
         done = add_up({key: value for key, value in tally.items() if key in MEASURED} for tally in tallies)
-        seconds = sum(number(done, key) for key in MEASURED[1:])
-        self._pace.learn(node, sum(cost_of(self._dealt.get(node, []), self.task).values()), seconds)
+        seconds = sum(number(done, key) for key in SECONDS)
+        tried = number(done, "users") + number(done, "failed_users")  # of those that failed there are no seconds
+        share = number(done, "users") / tried if tried > 0 else 1.0
+        self._pace.learn(node, share * sum(cost_of(self._dealt.get(node, []), self.task).values()), seconds)
         if self.watch is not None:
             self.watch(node, int(number(done, "users")), seconds)
 
 
-MEASURED = ("users", "load_seconds", "train_seconds", "chain_seconds")
-"""Of what nodes measure: users, and what a worker's time goes to."""
+SECONDS = ("load_seconds", "train_seconds", "chain_seconds")
+"""What a worker's time goes to."""
+
+MEASURED = ("users", "failed_users", *SECONDS)
+"""Of what nodes measure, what they are known by."""
 
 
 def exchange(grid: Grid, out: list[Message]) -> Iterator[Message]:

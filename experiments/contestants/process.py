@@ -115,7 +115,8 @@ def environment(device: str) -> dict[str, str]:
 
     Ray would give way to every other process of the machine, which the others do not.
     """
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_") and name != "LD_PRELOAD"}
+    allocators = ("LD_PRELOAD", "GLIBC_TUNABLES")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_") and name not in allocators}
     paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     quiet = {
         "FLWR_TELEMETRY_ENABLED": "0",

@@ -38,7 +38,8 @@ class Task(Protocol):
     def load_user(self, user: int, rng: np.random.Generator) -> Sequence[Any]:
         """Return the training examples of a user. `rng` is this user's stream of this round.
 
-        It is called on another thread, while `batches` and `loss` train the user before; never for two users at once.
+        It may be called on the training thread or on another one, while `batches` and `loss` train the user before; never for two users
+        at once.
 
         An attribute `left_out` of what is returned, where there is one, counts what could not be used; `faults` says of what could
         not be read where it is and why, a line each.

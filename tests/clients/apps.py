@@ -10,6 +10,8 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
+from clients.lanes import MessageLost
+
 app = ClientApp()
 
 
@@ -87,6 +89,18 @@ def die(message: Message, context: Context) -> Message:
     if len(tries.read_text()) <= config["deaths"]:
         os.kill(os.getpid(), signal.SIGKILL)
     return metrics(message, tries=len(tries.read_text()), pid=os.getpid())
+
+
+@app.query("give_back")
+def give_back(message: Message, context: Context) -> Message:
+    """Lose the cluster the first time; a file counts."""
+    config = message.content["config"]
+    assert isinstance(config, ConfigRecord)
+    tried = Path(str(config["folder"])) / "given-back"
+    if tried.exists():
+        return metrics(message, fine=1)
+    tried.touch()
+    raise MessageLost("Nobody answers.")
 
 
 @app.query("hang")

@@ -34,9 +34,9 @@ def lanes_of(workers: int, *, pinned: bool) -> Lanes:
     return lanes
 
 
-def again(lanes: Lanes, node: int, message_id: str) -> None:
+def again(lanes: Lanes, node: int, message_id: str, *, holds: bool = True) -> None:
     message = stripped(Message(RecordDict(), dst_node_id=FIRST_NODE_ID + node, message_type="query"), message_id)
-    lanes.again(Parcel(FIRST_NODE_ID + node, message, (), ()))
+    lanes.again(Parcel(FIRST_NODE_ID + node, message, (), ()), holds=holds)
 
 
 def test_free_workers_share_one_queue_in_order():
@@ -86,6 +86,28 @@ def test_a_lost_workers_messages_go_to_whoever_is_free_the_one_it_was_at_first()
     lanes.release(FIRST_NODE_ID)
     lanes.free(1)
     assert given(lanes) == [(1, 0, "1")]
+
+
+def test_what_is_done_again_goes_before_what_waits_for_a_worker_of_its_own():
+    lanes = filled(lanes_of(2, pinned=True), "011")
+    assert given(lanes) == [(0, 0, "0"), (1, 1, "1")]
+    lanes.leave(0)
+    again(lanes, 0, "0")
+    lanes.release(FIRST_NODE_ID + 1)
+    lanes.free(1)
+    assert given(lanes) == [(1, 0, "0")]
+
+
+def test_a_reply_that_was_lost_later_does_not_let_two_messages_of_its_node_run_at_once():
+    lanes = filled(lanes_of(2, pinned=False), "00")
+    assert given(lanes) == [(0, 0, "0")]
+    lanes.release(FIRST_NODE_ID)
+    assert given(lanes) == [(1, 0, "1")]
+    again(lanes, 0, "0", holds=False)
+    lanes.free(0)
+    assert given(lanes) == []
+    lanes.release(FIRST_NODE_ID)
+    assert given(lanes) == [(0, 0, "0")]
 
 
 def test_a_worker_that_was_lost_while_free_gets_nothing_until_it_is_back():

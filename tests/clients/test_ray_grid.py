@@ -133,6 +133,13 @@ def test_a_worker_killed_in_mid_message_does_it_again(grid, tmp_path):
     assert grid.take_faults() == (0, [])
 
 
+def test_a_message_that_a_worker_gives_back_is_done_again_by_another(grid, tmp_path):
+    grid.take_faults()
+    [message] = ask(grid, "give_back", [0], folder=str(tmp_path))
+    assert answers(grid.send_and_receive([message], timeout=30), "fine") == {0: 1}
+    assert grid.take_faults() == (1, [message.metadata.message_id])
+
+
 def test_a_worker_that_hangs_meets_its_deadline_and_another_does_its_message(ray_session, tmp_path):
     with RayGrid(APP, nodes=1, workers=1, deadline=0.5) as grid:
         [reply] = grid.send_and_receive(ask(grid, "hang", times=1, folder=str(tmp_path)), timeout=30)

@@ -6,6 +6,7 @@ import pytest
 import ray
 import torch
 
+from clients.lanes import MessageLost
 from clients.states import Elsewhere, lent, states_at
 from fedclip.storage import Storage
 from fedclip.user_states import StatesInFolder
@@ -39,8 +40,11 @@ def test_by_way_of_an_actor_the_files_are_the_same(tmp_path: Path) -> None:
             Elsewhere(keeper).read(tmp_path / "missing")
         with pytest.raises(NotImplementedError, match="written whole"):
             Elsewhere(keeper).append(tmp_path / "log", b"x")
+        Elsewhere(keeper).remove(tmp_path / "gone already")
     finally:
         ray.kill(keeper)
+    with pytest.raises(MessageLost, match="states of users cannot be reached"):
+        Elsewhere(keeper).names(tmp_path)
     assert there == a_few_rounds(StatesInFolder(tmp_path / "here"))
     assert files(tmp_path / "there") == files(tmp_path / "here")
     assert len(files(tmp_path / "here")) == 4, "two states of each of two users are left"

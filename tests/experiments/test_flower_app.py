@@ -133,6 +133,10 @@ def break_names(folder: Path) -> None:
     (folder / "clients").mkdir()
 
 
+def break_module_names(folder: Path) -> None:
+    (folder / "clients.py").touch()
+
+
 @pytest.mark.parametrize(
     ("spoil", "words", "said"),
     [
@@ -143,7 +147,8 @@ def break_names(folder: Path) -> None:
         (break_kind, [], "expected a flwr ClientApp, got int"),
         (break_components, [], '"clientapp" missing in [tool.flwr.app.components]'),
         (break_toml, [], "missing or invalid"),
-        (break_names, [], "its package 'clients' has the name of one of fedclip's"),
+        (break_names, [], "its package or module 'clients' has the name of one of fedclip's"),
+        (break_module_names, [], "its package or module 'clients' has the name of one of fedclip's"),
         (lambda folder: (folder / "pyproject.toml").unlink(), [], "there is no pyproject.toml. Give the folder of a Flower app"),
     ],
 )

@@ -7,14 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from flwr.app import Message
+from flwr.app import ConfigRecord, Message
 from flwr.serverapp import Grid
 
 from clients import messages
 from clients.identity import Identity, assume, number
 from experiments.prepare import prepare, read_experiment
 from fedclip.client import train_blocks
+from fedclip.round import cost_of
 from fedclip.simulation import InProcess
+from fedclip.spec import Block
+from fedclip.tally import Tally
 from strategies.federated import Federated
 
 NODES = range(2, 14)
@@ -27,6 +30,7 @@ class OneByOne(Grid):
         self._site, self._out = site, dict[str, Message]()
         self._replies: list[Any] = []
         self.held: list[int] = []
+        self.pinned = True
 
     def set_run(self, run: Any) -> None: ...
 
@@ -85,3 +89,29 @@ def test_memory_does_not_grow_with_the_number_of_nodes_nor_do_bits_depend_on_the
     assert max(grid.held) <= 1, "the last reply may go with the next"
     assert {node for node, _, _ in told} == set(NODES)
     assert min(seconds for _, _, seconds in told) > 0
+
+
+def test_speeds_are_of_users_that_did_not_fail_and_count_where_nodes_have_workers_of_their_own(tmp_path: Path) -> None:
+    from tests.experiments.conftest import VISION
+
+    path = tmp_path / "vision.toml"
+    path.write_text(VISION, encoding="utf-8")
+    prepared = prepare(read_experiment(path, ["sampler.cohort=20"]))
+    grid, strategy = OneByOne(None), Federated(prepared.method, prepared.task, prepared.recipe, "s", "r")
+
+    def dealt() -> dict[int, list[Block]]:
+        list(strategy.configure_train(1, strategy.arrays(), ConfigRecord(), grid))
+        return strategy._dealt
+
+    alike = dealt()
+    cost = {node: sum(cost_of(alike[node], prepared.task).values()) for node in NODES}
+    tallies: list[Tally] = [{"users": 1.0, "train_seconds": 1.5, "load_seconds": 0.5}, {"failed_users": 3.0}]
+    strategy._learn(2, tallies)
+    assert strategy._pace.of([2]) == [cost[2] / 4 / 2]
+    strategy._learn(3, [{"failed_users": 4.0}])
+    assert strategy._pace.of([3]) is None
+    for node in NODES[1:]:
+        strategy._learn(node, [{"users": 1.0, "train_seconds": 1e6}])
+    assert list(dealt()) == [2], "the one that is so much faster has all"
+    grid.pinned = False
+    assert dealt() == alike
