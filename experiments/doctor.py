@@ -36,6 +36,7 @@ EXTRAS: Final[Mapping[str, tuple[str, str]]] = {
 """For each extra the package that it brings, and what for."""
 
 VERSIONS: Final = ("torch", "torchaudio", "flwr", "ray", "numpy", "dp-accounting")
+BROKEN: Final = "mend what it names; where that is a package, pip install --force-reinstall it"
 LEAST_MEMORY, LEAST_SHARED, LEAST_DISK = 4 * 10**9, 256 * 10**6, 5 * 10**9
 FULL: Final = 0.95
 """The part of the temporary folder's disk from which on Ray puts nothing there any more."""
@@ -109,7 +110,7 @@ def examine(data_dir: Path | None, probe: Probe) -> Iterator[Finding]:
         try:
             yield from check()
         except Exception as error:  # noqa: BLE001  whatever is broken here is what this is for
-            yield Finding(name, "fail", f"could not be looked at: {type(error).__name__}: {error}")
+            yield Finding(name, "fail", f"could not be looked at: {type(error).__name__}: {error}", BROKEN)
 
 
 def run_python(code: str, seconds: float) -> tuple[int | None, str]:
@@ -163,7 +164,12 @@ def _packages() -> Iterator[Finding]:
 
 def _extras() -> Iterator[Finding]:
     for extra, (package, purpose) in EXTRAS.items():
-        there = installed(package)
+        try:
+            there = installed(package)
+        except Exception as error:  # noqa: BLE001  the package that it is in is imported, which may raise anything
+            remedy = f"pip install --force-reinstall 'fedclip[{extra}]'"
+            yield Finding(f"extra {extra}", "fail", f"{purpose}: {package} is broken: {type(error).__name__}: {error}", remedy)
+            continue
         said = f"{purpose}: {'installed' if there else f'not installed; only where it is wanted: pip install fedclip[{extra}]'}"
         yield Finding(f"extra {extra}", "ok", said)
     if installed("espeakng_loader"):
@@ -264,7 +270,7 @@ def _data(folder: Path) -> Iterator[Finding]:
             return
         yield _speakers(folder, corpus_kind(folder))
     except ConfigError as error:
-        yield Finding("data", "fail", str(error))
+        yield Finding("data", "fail", str(error), "mend the folder as it says, or correct --data-dir")
 
 
 def _speakers(folder: Path, kind: str) -> Finding:

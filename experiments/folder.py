@@ -30,6 +30,9 @@ LEDGER, CHECKPOINTS, STATES = "ledger.jsonl", "checkpoints", "states"
 
 METRICS, SPEAKERS = "metrics.jsonl", "speakers.jsonl"
 
+STAMP = "seeded simulation: epsilon is nominal; diagnostics of its cohorts are not private"
+"""What every report of a run under noise says."""
+
 PACKAGES = ("fedclip", "flwr", "ray", "torch", "torchaudio", "numpy", "dp-accounting", "jiwer", "soundfile")
 
 
@@ -54,6 +57,7 @@ class RunFolder:
     ) -> None:
         self.path, self._experiment, self._storage = path, experiment, storage or Storage()
         self._trackers = open_trackers(experiment.run.trackers, path, experiment.run.name)
+        self._noise = experiment.privacy.noise_multiplier is not None
         self._recorded = set[str]()
         if not resume:
             check_free(path)
@@ -71,7 +75,7 @@ class RunFolder:
         """Write down what is run from here on; the end of an earlier part of the run is not the end any more."""
         write_atomically(self.path / "config.toml", tomli_w.dumps(self._experiment.plain()))
         (self.path / "summary.json").unlink(missing_ok=True)
-        self._trackers.begin(self._experiment.plain())
+        self._trackers.begin(self._experiment.plain(), STAMP if self._noise else "")
 
     def record(self, row: dict[str, Any]) -> int:
         """Append a round to `metrics.jsonl` and to the trackers; return the size of the file, which is durable by then."""
@@ -113,9 +117,8 @@ class RunFolder:
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Write `summary.json` last of all: a folder without it holds a run that did not end in order."""
-        noise = self._experiment.privacy.noise_multiplier is not None
         # Under noise trackers get what rows say of it, and no more.
-        totals = {} if noise else {name: value for name, value in _numbers(summary).items() if name not in self._recorded}
+        totals = {} if self._noise else {name: value for name, value in _numbers(summary).items() if name not in self._recorded}
         self._trackers.finish(totals, summary["status"])
         if self._trackers.failures:
             summary = summary | {"tracker_failures": self._trackers.failures}

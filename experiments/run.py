@@ -10,7 +10,7 @@ from typing import Any
 
 from experiments.curves import draw_curves
 from experiments.engines import Engine
-from experiments.folder import CHECKPOINTS, STATES, RunFolder, read_metrics
+from experiments.folder import CHECKPOINTS, STAMP, STATES, RunFolder, read_metrics
 from experiments.live import Reporter
 from experiments.prepare import Prepared
 from experiments.progress import FAULTS, Progress
@@ -33,9 +33,6 @@ DONE, CHECK_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 STAGES = ("load", "train", "chain", "fold", "release", "server")
 """What a round's time goes to: waiting for users' data, local training, client chain and encoding, decoding and guard and sum, noise and
 division, server chain. The first four are added up over users, whichever worker they were on."""
-
-STAMP = "seeded simulation: epsilon is nominal; diagnostics of its cohorts are not private"
-"""What every report of a run under noise says."""
 
 
 class Run:

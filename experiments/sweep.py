@@ -21,6 +21,9 @@ from experiments.sweep_pools import DONE, FAILED, INTERRUPTED, Job, Pool, Proces
 
 SECONDS_BETWEEN_LOOKS = 0.5
 
+TOLD_TO_END = "its process was told to end"
+"""Of a trial that another than its sweep ended."""
+
 
 @dataclass(frozen=True)
 class SweepArguments:
@@ -48,7 +51,7 @@ class SweepArguments:
 
 
 def sweep_command(arguments: SweepArguments) -> int:
-    """Run a sweep, or go on with one, and return the exit status: 1 where a trial failed. SIGTERM ends it in order, as Ctrl-C does.
+    """Run a sweep, or go on with one, and return the exit status: 0 where all trials are done. SIGTERM ends it in order, as Ctrl-C does.
 
     Raises:
         ConfigError: the file, any of its trials or the folder is refused; nothing was tried then.
@@ -86,11 +89,12 @@ def _try_all(pool: Pool, folder: SweepFolder, reporter: SweepReporter, stop: thr
             told = True
         for reply in pool.replies(SECONDS_BETWEEN_LOOKS):
             trial = running.pop(reply.name)
-            reporter.ended(trial, folder.settle(trial, reply.error, told or reply.status == INTERRUPTED))
+            alone = reply.status == INTERRUPTED and not stop.is_set()
+            reporter.ended(trial, folder.settle(trial, TOLD_TO_END if alone else reply.error, reply.status == INTERRUPTED))
         reporter.look(running.values())
-    if stop.is_set():
-        return INTERRUPTED
-    return FAILED if any(standing.status == "failed" for standing in folder.standings.values()) else DONE
+    if all(standing.status == "done" for standing in folder.standings.values()):
+        return DONE
+    return INTERRUPTED if stop.is_set() else FAILED
 
 
 @contextmanager

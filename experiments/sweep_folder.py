@@ -57,7 +57,7 @@ class SweepFolder:
         try:
             if resume:
                 self._check_same()
-            for file, values in ((BASE_TOML, sweep.base), (SWEEP_TOML, _plain(sweep))):
+            for file, values in ((SWEEP_TOML, _plain(sweep)), (BASE_TOML, sweep.base)):
                 replace(self._storage, path / file, [tomli_w.dumps(values).encode()])
             self.standings = {trial.name: self._found(trial) for trial in sweep.trials}
             self.save()
@@ -86,10 +86,10 @@ class SweepFolder:
         self.save()
 
     def settle(self, trial: Trial, error: str, interrupted: bool) -> Standing:
-        """Write down how a trial ended, of which its run folder has the last word, and return it."""
+        """Write down how a trial ended, of which its run folder has the last word, and return it. With an error it failed."""
         if is_done(self.run_folder(trial)):
             self.stand(trial, "done")
-        elif interrupted:
+        elif interrupted and not error:
             self.stand(trial, "interrupted")
         else:
             summary = read_json(self.run_folder(trial) / "summary.json")
@@ -124,11 +124,18 @@ class SweepFolder:
                     what = "the base experiment" if key is None else f"{key} of the sweep"
                     raise ConfigError(f"--resume: {what} differs from {self.path / file}; put back what it said, or begin a new sweep.")
         trials = {trial.name: _trial(trial) for trial in self.sweep.trials}
-        for before in read_json(self.path / SWEEP_JSON)["trials"]:
+        for before in self._recorded():
             name = before["name"]
             if trials.get(name) != {key: value for key, value in before.items() if key not in ("status", "error")}:
                 how = "is not of the sweep any more" if name not in trials else "has other settings now"
                 raise ConfigError(f"--resume: the trial {name} {how}; a sweep may be given more trials, nothing else. Begin a new one.")
+
+    def _recorded(self) -> list[dict[str, Any]]:
+        """Return the trials of `sweep.json`."""
+        trials = read_json(self.path / SWEEP_JSON).get("trials")
+        if not isinstance(trials, list) or not all(isinstance(trial, dict) and "name" in trial for trial in trials):
+            raise ConfigError(f"--resume: {self.path / SWEEP_JSON} is damaged; delete it to go on: how far each trial is, {TRIALS} says.")
+        return trials
 
 
 def check_sweep_folder(path: Path, *, resume: bool) -> None:
@@ -137,11 +144,14 @@ def check_sweep_folder(path: Path, *, resume: bool) -> None:
     Raises:
         ConfigError: it does.
     """
-    there = (path / SWEEP_TOML).exists()
-    if resume and not there:
-        raise ConfigError(f"--resume: {path} holds no sweep (there is no {SWEEP_TOML} in it); give its folder by --out.")
-    if not resume and (there or (path / "config.toml").exists() or (path.exists() and not path.is_dir())):
-        raise ConfigError(f"--out: {path} already holds a sweep or a run; give another folder, or go on with a sweep by --resume.")
+    # A sweep file of the user's own may be called sweep.toml, and lie beside its base: what would be replaced is refused.
+    begun = (path / SWEEP_TOML).is_file() and ((path / TRIALS).is_dir() or (path / SWEEP_JSON).is_file())
+    if resume and not begun:
+        raise ConfigError(f"--resume: {path} holds no sweep (no {SWEEP_TOML} beside {TRIALS}); give its folder by --out.")
+    there = next((name for name in (SWEEP_TOML, BASE_TOML, SWEEP_JSON, "config.toml") if (path / name).exists()), None)
+    if not resume and (there or (path.exists() and not path.is_dir())):
+        what = f"has a {there} already, of a sweep or a run or its file" if there else "is no folder"
+        raise ConfigError(f"--out: {path} {what}; give another folder, or go on with a sweep by --resume.")
 
 
 def is_done(run: Path) -> bool:
@@ -150,12 +160,12 @@ def is_done(run: Path) -> bool:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return what a file says; nothing where there is none."""
+    """Return what a file says; nothing where there is none, or it is damaged."""
     try:
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return values
+    return values if isinstance(values, dict) else {}
 
 
 def _trial(trial: Trial) -> dict[str, Any]:

@@ -32,6 +32,7 @@ class SweepReporter:
     def __init__(self, folder: SweepFolder, quiet: bool, console: Console | None = None) -> None:
         self._folder, self._quiet, self._console = folder, quiet, console or Console()
         self._ended: deque[tuple[str, ...]] = deque(maxlen=SHOWN_ENDED)
+        self._results = dict[str, tuple[int, str]]()
         self._rounds = {trial.name: _round(folder.run_folder(trial)) for trial in folder.sweep.trials}
         self._start, self._before = time.monotonic(), self._done_rounds()
         self._live = Live(console=self._console, refresh_per_second=4) if self._console.is_terminal and not quiet else None
@@ -95,7 +96,15 @@ class SweepReporter:
     def _cells(self, trial: Trial, status: str) -> tuple[str, ...]:
         run = self._folder.run_folder(trial)
         self._rounds[trial.name] = _round(run)
-        return trial.name, status, f"{self._rounds[trial.name]}/{trial.experiment.run.rounds}", _result(run)
+        return trial.name, status, f"{self._rounds[trial.name]}/{trial.experiment.run.rounds}", self._result(trial)
+
+    def _result(self, trial: Trial) -> str:
+        """Return the last evaluation of a trial; its rows are read anew only where there are others than at the last look."""
+        run = self._folder.run_folder(trial)
+        size, known = _size(run / "metrics.jsonl"), self._results.get(trial.name)
+        if known is None or known[0] != size:
+            known = self._results[trial.name] = size, _result(run)
+        return known[1]
 
     def _counts(self) -> str:
         counts = Counter(standing.status for standing in self._folder.standings.values())
@@ -121,6 +130,13 @@ def plainly(value: Any) -> str:
 
 def _round(run: Path) -> int:
     return int(read_json(run / "heartbeat.json").get("round", 0))
+
+
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except OSError:
+        return 0
 
 
 def _result(run: Path) -> str:

@@ -102,7 +102,7 @@ def read_sweep(path: Path, overrides: Iterable[str] = (), *, on_ray: bool = Fals
     said = read_toml(path)
     options = validate(SweepOptions, {"name": re.sub(r"[^A-Za-z0-9._-]", "-", path.stem)} | said)
     base = options.base if options.base.is_absolute() else path.parent.absolute() / options.base
-    common = _flat(options.set) | dict(map(read_override, overrides))
+    common = _flat(options.set) | _flat(dict(map(read_override, overrides)))
     options = options.model_copy(update={"base": base, "set": common})
     values = read_toml(base)
     axes = _axes(options)
@@ -122,6 +122,7 @@ def read_sweep(path: Path, overrides: Iterable[str] = (), *, on_ray: bool = Fals
         else:
             trials.append(Trial(name, varied, case, experiment.run.seed, experiment))
     refuse_trials(refused)
+    _refuse_same(trials)
     return Sweep(options, values, keys, tuple(trials))
 
 
@@ -132,7 +133,29 @@ def refuse_trials(refused: Mapping[str, list[str]]) -> None:
         raise ConfigError("\n".join(f"trial {names[0]}{several[message]}: {message}" for message, names in refused.items()))
 
 
+def _refuse_same(trials: Iterable[Trial]) -> None:
+    """Refuse trials that would be the same experiment twice: a seed or a value that is there again."""
+    same = dict[str, list[str]]()
+    for trial in trials:
+        same.setdefault(json.dumps(trial.experiment.plain(), sort_keys=True, default=str), []).append(trial.name)
+    twice = [" and ".join(names) for names in same.values() if len(names) > 1]
+    if twice:
+        more = f" (and {len(twice) - 1} more)" if len(twice) > 1 else ""
+        raise ConfigError(f"The trials {twice[0]}{more} are the same experiment; leave out what is there twice of seeds, grid or cases.")
+
+
+def _refuse_lost(keys: Iterable[str]) -> None:
+    """Refuse a key whose whole section a later one sets."""
+    before = list[str]()
+    for key in keys:
+        lost = next((other for other in before if other.startswith(f"{key}.")), None)
+        if lost is not None:
+            raise ConfigError(f"{lost}: lost, as {key} is set after it, whole; say it in the value of {key}, or leave one of them out.")
+        before.append(key)
+
+
 def _experiment(base: Mapping[str, Any], settings: Mapping[str, Any], on_ray: bool) -> Experiment:
+    _refuse_lost(settings)
     values = copy.deepcopy(dict(base))
     for key, value in settings.items():
         if value == DEFAULT:
@@ -227,7 +250,7 @@ def _safe(text: str) -> str:
 
 def _unique(name: str, taken: set[str]) -> str:
     """Return a name fit for a folder that is not taken, and take it."""
-    short = _safe(name)[:LONGEST_NAME].lstrip(".-_")
+    short = _safe(name)[:LONGEST_NAME].lstrip(".-_") or "trial"
     candidate = next(c for n in itertools.count(1) if (c := short if n == 1 else f"{short}-{n}") not in taken)
     taken.add(candidate)
     return candidate

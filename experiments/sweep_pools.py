@@ -166,6 +166,10 @@ class Processes:
                 self._idle.append((connection, process))
             except (EOFError, OSError):
                 process.join()
+                if process.exitcode == -signal.SIGTERM:  # told to end before it could listen
+                    found.append(Reply(name, INTERRUPTED))
+                    connection.close()
+                    continue
                 how = f"by signal {-process.exitcode}" if process.exitcode < 0 else f"with exit status {process.exitcode}"
                 found.append(Reply(name, FAILED, f"its process ended {how}, perhaps for want of memory"))
                 connection.close()
@@ -264,7 +268,8 @@ class RayTasks:
             except self._ray.exceptions.TaskCancelledError:
                 found.append(Reply(name, INTERRUPTED))
             except self._ray.exceptions.RayError as error:
-                found.append(Reply(name, FAILED, f"Ray lost it: {str(error).strip().splitlines()[0]}"))
+                said = str(error).strip().splitlines() or [type(error).__name__]
+                found.append(Reply(name, FAILED, f"Ray lost it: {said[-1]}"))
         return found
 
     def interrupt(self) -> None:

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -36,8 +37,11 @@ that is not there is not asked for minutes."""
 class Tracker(Protocol):
     """One place that shows runs. Each method may raise anything."""
 
-    def begin(self, config: Mapping[str, Any]) -> None:
-        """Open it, and say what is run: the sections of the resolved configuration. A run that goes on is the same run here."""
+    def begin(self, config: Mapping[str, Any], stamp: str) -> None:
+        """Open it, and say what is run: the sections of the resolved configuration. A run that goes on is the same run here.
+
+        The stamp is to be shown with the run: what its numbers are not, under noise; "" without.
+        """
 
     def row(self, step: int, metrics: Mapping[str, float]) -> None:
         """Add the numbers of a round."""
@@ -53,18 +57,18 @@ class Trackers:
         named: the trackers by name.
 
     Attributes:
-        failures: for each tracker that failed, how many calls it has not got. One that failed three times in a row, or could not be
-            opened, gets none any more.
+        failures: for each tracker that failed, how many calls it has not got. One that failed three times in a row is only closed at
+            the end; one that could not be opened gets no call any more.
     """
 
     def __init__(self, named: Mapping[str, Tracker]) -> None:
         self.failures = dict[str, int]()
-        self._named, self._in_a_row, self._open = dict(named), dict.fromkeys(named, 0), False
+        self._named, self._in_a_row, self._open = dict(named), dict.fromkeys(named, 0.0), False
 
-    def begin(self, config: Mapping[str, Any]) -> None:
+    def begin(self, config: Mapping[str, Any], stamp: str = "") -> None:
         """Open all; those that cannot be opened are left alone."""
         self._open = True
-        self._each(lambda tracker: tracker.begin(config), PATIENCE)
+        self._each(lambda tracker: tracker.begin(config, stamp), weight=math.inf)
 
     def row(self, step: int, metrics: Mapping[str, float]) -> None:
         """Add the numbers of a round."""
@@ -74,12 +78,13 @@ class Trackers:
         """Close all; a second time does nothing."""
         if self._open:
             self._open = False
-            self._each(lambda tracker: tracker.finish(summary, status))
+            self._each(lambda tracker: tracker.finish(summary, status), most=math.inf)
 
-    def _each(self, call: Callable[[Tracker], None], weight: int = 1) -> None:
+    def _each(self, call: Callable[[Tracker], None], weight: float = 1, most: float = PATIENCE) -> None:
+        """Call each that has not failed so often in a row; a failure of this call counts as so many."""
         for name, tracker in self._named.items():
             try:
-                if self._in_a_row[name] < PATIENCE:
+                if self._in_a_row[name] < most:
                     call(tracker)
                     self._in_a_row[name] = 0
                     continue
@@ -97,11 +102,13 @@ class TensorBoard:
         self._folder = folder
         self._writer: SummaryWriter
 
-    def begin(self, config: Mapping[str, Any]) -> None:
-        """Begin an event file."""
+    def begin(self, config: Mapping[str, Any], stamp: str) -> None:
+        """Begin an event file; the stamp is among its texts."""
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(self._folder))
+        if stamp:
+            self._writer.add_text("privacy", stamp)
 
     def row(self, step: int, metrics: Mapping[str, float]) -> None:
         """Add a point to each curve."""
@@ -124,8 +131,8 @@ class MlFlow:
         self._client: Any
         self._id = ""
 
-    def begin(self, config: Mapping[str, Any]) -> None:
-        """Open the run, or make one, and give it the parameters that it has not got."""
+    def begin(self, config: Mapping[str, Any], stamp: str) -> None:
+        """Open the run, or make one, and give it the parameters that it has not got; the stamp is its tag `privacy`."""
         for name, value in MLFLOW_DEFAULTS.items():
             os.environ.setdefault(name, value)
         from mlflow import MlflowClient
@@ -135,6 +142,8 @@ class MlFlow:
         self._client = MlflowClient(tracking_uri=where)
         self._id = _kept(self._path / "mlflow.id", self._make)
         self._client.update_run(self._id, status="RUNNING")
+        if stamp:
+            self._client.set_tag(self._id, "privacy", stamp)
         there = self._client.get_run(self._id).data.params
         params = {name: text[:LONGEST_PARAM] for name, text in _flat(config)}
         new = [Param(name, text) for name, text in params.items() if name not in there]
@@ -176,8 +185,8 @@ class WandB:
         self._path, self._name = path, name
         self._run: Any
 
-    def begin(self, config: Mapping[str, Any]) -> None:
-        """Begin the run, or go on with the one of its id."""
+    def begin(self, config: Mapping[str, Any], stamp: str) -> None:
+        """Begin the run, or go on with the one of its id; the stamp is its notes."""
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
 
@@ -196,6 +205,8 @@ class WandB:
             mode=mode,
             project=os.environ.get("WANDB_PROJECT") or self._name,
             name=self._path.name,
+            notes=stamp or None,
+            reinit="create_new",  # another run of this process, that was not closed, is not gone on with
             id=_kept(self._path / "wandb.id", lambda: uuid4().hex[:12]),
             resume=None if mode == "offline" else "allow",
             dir=self._path,

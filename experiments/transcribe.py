@@ -1,5 +1,6 @@
 """`fedclip transcribe`: what a model of speech hears in files of audio, through the features and the decoder of its evaluation."""
 
+import io
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -91,6 +92,8 @@ def transcribe_command(model: Path, places: Sequence[Path], overrides: Sequence[
     """
     files = [file for place in places for file in _files(place)]
     settle_process()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # a name that is not UTF-8 has its own bytes
     transcriber, status = Transcriber(model, overrides), DONE
     for file in files:
         try:
@@ -104,7 +107,12 @@ def transcribe_command(model: Path, places: Sequence[Path], overrides: Sequence[
 
 
 def _say(values: dict[str, str | float]) -> None:
-    print(json.dumps(values, ensure_ascii=False), flush=True)
+    line = json.dumps(values, ensure_ascii=False)
+    try:
+        line.encode()
+    except UnicodeEncodeError:  # of a file's name: JSON is UTF-8, and escapes what is not
+        line = json.dumps(values)
+    print(line, flush=True)
 
 
 def _files(place: Path) -> Iterator[Path]:

@@ -1,5 +1,6 @@
 """Recordings on disk: reading one, or part of one, and all that a user has."""
 
+import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -72,7 +73,7 @@ def read(recording: Recording) -> np.ndarray:
         CorpusError: the file is unreadable, cut short or empty.
     """
     try:
-        with soundfile.SoundFile(recording.path) as file:
+        with soundfile.SoundFile(os.fsencode(recording.path)) as file:
             rate, frames = file.samplerate, file.frames
             if not _RATES[0] <= rate <= _RATES[1]:
                 raise _unreadable(recording, f"its header says {rate} samples a second")
@@ -108,7 +109,7 @@ def seconds_a_byte(recording: Recording) -> float:
         CorpusError: the file is unreadable, empty or a WAV file that was cut short.
     """
     try:
-        header = soundfile.info(recording.path)
+        header = soundfile.info(os.fsencode(recording.path))
         missing = _missing_bytes(recording)
     except (soundfile.SoundFileError, OSError, TypeError) as error:
         raise _unreadable(recording, error) from error

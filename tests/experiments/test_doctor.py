@@ -77,8 +77,22 @@ def test_a_package_of_another_version_a_full_disk_and_a_check_that_breaks_down_a
     assert findings["cores"].said.startswith("2")
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda place: (_ for _ in ()).throw(RuntimeError("no such disk")))
     findings = found()
-    assert findings["disk"] == Finding("disk", "fail", "could not be looked at: RuntimeError: no such disk")
+    assert findings["disk"] == Finding("disk", "fail", "could not be looked at: RuntimeError: no such disk", doctor.BROKEN)
     assert findings["ray"].status == "ok"
+
+
+def test_a_broken_extra_is_said_and_the_others_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(package: str) -> bool:
+        if package.startswith("flashlight"):
+            raise ImportError("undefined symbol")
+        return False
+
+    monkeypatch.setattr(doctor, "installed", broken)
+    findings = found()
+    assert findings["extra decoder"].status == "fail"
+    assert "flashlight.lib.text.decoder is broken: ImportError: undefined symbol" in findings["extra decoder"].said
+    assert findings["extra wandb"].status == findings["ray"].status == "ok"
+    assert all(finding.remedy for finding in findings.values() if finding.status != "ok")
 
 
 def test_data_are_named_by_their_layout_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

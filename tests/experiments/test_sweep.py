@@ -146,6 +146,16 @@ def test_names_tell_trials_apart_and_fit_a_folder(file: Path) -> None:
         (("[grid]", "[grid]\ncodec.name = ['packed']"), "codec.name: both cases and grid"),
         (("[grid]", "[grid]\nprivaci.delta = [1e-6]"), "grid.privaci.delta: 'privaci' is no known section.*Did you mean 'privacy'"),
         (("[grid]", "[grid]\nrun.out = ['a']"), "run.out: a sweep sets it itself"),
+        (("[1, 2]", "[1, 1]"), r"(?s)dense-noise_multiplier=default-seed=1 and dense-noise_multiplier=default-seed=1-2 \(and 3 more\)"),
+        (("0.05]", "0.05, 5e-2]"), "noise_multiplier=0.05-seed=1 and dense-noise_multiplier=0.05-seed=1-2 .* are the same experiment"),
+        (
+            ("strategy.client.top_k.density = 0.1", "'strategy.client.top_k.density' = 0.1\n'strategy.client' = []"),
+            r"trial sparse.*and 3 more: strategy.client.top_k.density: lost, as strategy.client is set after it",
+        ),
+        (
+            ("seeds = [1, 2]", "set = { strategy.client.clip_per_layer.max_norm = 0.3 }"),
+            r"trial dense.*strategy.client.clip_per_layer.max_norm: lost, as strategy.client is set after it",
+        ),
         (('"base.toml"', '"none.toml"'), "No such experiment file: .*none.toml"),
     ],
 )
@@ -153,6 +163,52 @@ def test_what_cannot_be_tried_is_refused_before_anything_is(file: Path, change: 
     file.write_text(SWEEP.replace(*change), encoding="utf-8")
     with pytest.raises(ConfigError, match=message):
         read_sweep(file)
+
+
+def test_a_key_on_the_command_line_is_never_lost_behind_its_section(file: Path) -> None:
+    with pytest.raises(ConfigError, match=r"client\.clip_per_layer\.max_norm: lost, as strategy\.client is set after it"):
+        read_sweep(file, ["strategy.client.clip_per_layer.max_norm=0.3"])
+
+
+def test_a_table_on_the_command_line_is_its_keys_and_the_sweep_goes_on_by_its_own_file(file: Path, tmp_path: Path) -> None:
+    table = ["local={lr=0.2, steps=3}", "strategy={server=[{sgd={lr=1.0}}]}"]
+    sweep = read_sweep(file, table)
+    assert [sweep.options.set[key] for key in ("local.lr", "local.steps")] == [0.2, 3]
+    assert {trial.experiment.local["clip_norm"] for trial in sweep.trials} == {1.0}, "a table adds to its section"
+    SweepFolder(tmp_path / "out", sweep).close()
+    again = read_sweep(tmp_path / "out" / "sweep.toml")
+    assert again == sweep
+    SweepFolder(tmp_path / "out", again, resume=True).close()
+    with pytest.raises(ConfigError, match=r"run\.out: a sweep sets it itself"):
+        read_sweep(file, ["run={out='a'}"])
+
+
+def test_a_sweep_file_that_is_called_as_those_of_a_sweep_folder_is_never_replaced(file: Path, tmp_path: Path) -> None:
+    own = file.rename(tmp_path / "sweep.toml")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for arguments in ((own, "--resume"), (own, "--out", tmp_path), (own, "--resume", "--out", tmp_path)):
+        status, output = fedclip("sweep", *arguments)
+        assert status == 2, output
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    for name in ("base.toml", "sweep.json"):
+        place = tmp_path / f"with-{name}"
+        place.mkdir()
+        (place / name).write_text("mine", encoding="utf-8")
+        with pytest.raises(ConfigError, match=f"has a {name} already"):
+            SweepFolder(place, read_sweep(own))
+        assert [path.name for path in place.iterdir()] == [name]
+
+
+def test_a_damaged_record_says_what_to_do_and_nothing_is_lost(file: Path, tmp_path: Path) -> None:
+    out, sweep = tmp_path / "out", read_sweep(file)
+    SweepFolder(out, sweep).close()
+    for damage in ("", "null", '{"trials": [{}]}', '{"trials'):
+        (out / "sweep.json").write_text(damage, encoding="utf-8")
+        with pytest.raises(ConfigError, match=r"sweep\.json is damaged; delete it"):
+            SweepFolder(out, sweep, resume=True)
+    (out / "sweep.json").unlink()
+    SweepFolder(out, sweep, resume=True).close()
+    assert [*statuses(out)] == NAMES
 
 
 def test_a_dry_run_prints_the_trials_and_imports_no_torch(file: Path) -> None:
@@ -285,6 +341,31 @@ def test_a_sweep_that_is_told_to_stop_begins_nothing_more(file: Path, tmp_path: 
     assert record(tmp_path / "out")["trials"][0]["error"] == "no luck"
 
 
+def test_a_trial_that_another_ended_failed_and_so_did_the_sweep(file: Path, tmp_path: Path) -> None:
+    folder = SweepFolder(tmp_path / "out", read_sweep(file))
+    pool = Scripted(lambda job: Reply(job.name, 130))
+    with SweepReporter(folder, quiet=True, console=Console(file=StringIO())) as reporter:
+        assert _try_all(pool, folder, reporter, threading.Event()) == 1
+    folder.close()
+    assert (pool.begun, pool.interrupted) == (NAMES, 0)
+    assert {(trial["status"], trial["error"]) for trial in record(tmp_path / "out")["trials"]} == {
+        ("failed", "its process was told to end")
+    }
+
+
+def test_what_went_wrong_with_a_trial_while_the_sweep_ended_is_kept(file: Path, tmp_path: Path) -> None:
+    folder, stop = SweepFolder(tmp_path / "out", read_sweep(file)), threading.Event()
+
+    def end(job: Job) -> Reply:
+        stop.set()
+        return Reply(job.name, 1, "no room") if job.name == NAMES[0] else Reply(job.name, 130)
+
+    with SweepReporter(folder, quiet=True, console=Console(file=StringIO())) as reporter:
+        assert _try_all(Scripted(end), folder, reporter, stop) == 130
+    folder.close()
+    assert [(t["status"], t["error"]) for t in record(tmp_path / "out")["trials"][:2]] == [("failed", "no room"), ("interrupted", "")]
+
+
 class Deadly:
     """What kills the process that receives it."""
 
@@ -328,7 +409,7 @@ def test_trials_are_tasks_of_a_ray_cluster(file: Path, tmp_path: Path) -> None:
 def test_a_sweep_that_is_killed_twice_does_every_trial_once(file: Path, tmp_path: Path) -> None:
     """Killed at random times, its processes with it; what the trials leave is what an unbroken sweep leaves."""
     command = [sys.executable, "-m", "experiments.cli", "sweep", str(file), "--parallel", "2", "--out"]
-    root, draw, seen = Path(__file__).parents[2], random.Random(), []
+    root, draw, seen, workers = Path(__file__).parents[2], random.Random(), [], set[int]()
 
     def begin(out: Path, *more: str) -> "subprocess.Popen[bytes]":
         return subprocess.Popen([*command, str(out), *more], cwd=root, stdout=subprocess.DEVNULL)
@@ -343,6 +424,7 @@ def test_a_sweep_that_is_killed_twice_does_every_trial_once(file: Path, tmp_path
             assert process.poll() is None, f"it ended before {limit} rounds"
             time.sleep(0.01)
         time.sleep(draw.random() * 0.3)
+        workers |= _children(process.pid)
         process.send_signal(signal.SIGKILL)
         process.wait()
         seen.append((limit, rounds(broken), statuses(broken)))
@@ -350,6 +432,7 @@ def test_a_sweep_that_is_killed_twice_does_every_trial_once(file: Path, tmp_path
     while rounds(broken) < 23:
         assert terminated.poll() is None
         time.sleep(0.01)
+    workers |= _children(terminated.pid)
     terminated.send_signal(signal.SIGTERM)
     assert terminated.wait() in (0, 130)
     assert begin(broken, "--resume").wait() == 0
@@ -365,9 +448,22 @@ def test_a_sweep_that_is_killed_twice_does_every_trial_once(file: Path, tmp_path
             continue  # killed between a line of the ledger and its release: that round was drawn anew, and both count
         (_, one), (_, two) = (load_model(run / "checkpoints/model.safetensors") for run in runs)
         assert all(one[key].equal(two[key]) for key in one), name
-    assert not any("multiprocessing" in c for c in _children(os.getpid()))
+    assert len(workers) >= 3, "each sweep had a worker at least"
+    deadline = time.monotonic() + 10
+    while left := {pid for pid in workers if _lives(pid)}:
+        assert time.monotonic() < deadline, f"the processes {left} outlived their sweep"
+        time.sleep(0.05)
 
 
-def _children(pid: int) -> list[str]:
-    listed = subprocess.run(["ps", "-o", "args=", "--ppid", str(pid)], capture_output=True, text=True, check=False)
-    return listed.stdout.splitlines()
+def _children(pid: int) -> set[int]:
+    """Return the workers of a sweep."""
+    listed = subprocess.run(["ps", "-ww", "-o", "pid=,args=", "--ppid", str(pid)], capture_output=True, text=True, check=False)
+    return {int(line.split()[0]) for line in listed.stdout.splitlines() if "spawn_main" in line}
+
+
+def _lives(pid: int) -> bool:
+    """Return whether a process is there and no worker's remains."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

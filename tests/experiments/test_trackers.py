@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from typer.testing import CliRunner
 
 from experiments.cli import app
-from experiments.folder import RunFolder, read_metrics
+from experiments.folder import STAMP, RunFolder, read_metrics
 from experiments.prepare import read_experiment
 from experiments.trackers import EXTRAS, MLFLOW_DEFAULTS, Trackers, installed
 
@@ -58,8 +59,8 @@ class Noted:
     def __init__(self, path: Path, name: str, raises: tuple[str, ...] = ()) -> None:
         self.calls, self._raises = list[tuple[str, Any, Any]](), raises
 
-    def begin(self, config: Mapping[str, Any]) -> None:
-        self._note("begin", config, None)
+    def begin(self, config: Mapping[str, Any], stamp: str) -> None:
+        self._note("begin", config, stamp)
 
     def row(self, step: int, metrics: Mapping[str, float]) -> None:
         self._note("row", step, dict(metrics))
@@ -90,6 +91,9 @@ def test_under_noise_a_tracker_gets_the_rows_and_nothing_else(vision: Path, tmp_
     start(vision, tmp_path / "run", "--set", "run.trackers=['mlflow']")
     begin, *rows, finish = made[0].calls
     assert begin[1]["run"]["trackers"] == ["mlflow"]
+    assert begin[2] == STAMP
+    shown = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert shown.Tensors("privacy/text_summary")[0].tensor_proto.string_val == [STAMP.encode()]
     assert rows == [("row", row["round"], numbers(row)) for row in read_metrics(tmp_path / "run")]
     assert "epsilon" in rows[0][2]
     assert finish == ("finish", {}, "done")
@@ -103,6 +107,7 @@ def test_without_noise_it_gets_the_totals_too_and_a_run_may_take_one_on_its_way(
     assert made == []
     status, output = run("run", "--resume", tmp_path / "run", "--rounds", "2", "--set", "run.trackers=['mlflow']")
     assert status == 0, output
+    assert made[0].calls[0][2] == ""
     assert [(name, step) for name, step, _ in made[0].calls[1:-1]] == [("row", 2)]
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     totals = made[0].calls[-1][1]
@@ -122,7 +127,7 @@ def test_a_tracker_that_fails_is_named_once_and_counted_and_the_run_is_the_same(
     ]
     summary = json.loads((tmp_path / "with" / "summary.json").read_text())
     assert (summary["status"], summary["tracker_failures"]) == ("done", {"mlflow": 6})  # five rows and the end
-    assert [name for name, *_ in made[0].calls] == ["begin", "row", "row", "row"]  # then it is left alone
+    assert [name for name, *_ in made[0].calls] == ["begin", "row", "row", "row", "finish"]  # it gets no more rows
     same = [[row[key] for key in ("train_loss", "accuracy", "uplink_bytes")] for row in read_metrics(tmp_path / "with")[:3]]
     assert same == [[row[key] for key in ("train_loss", "accuracy", "uplink_bytes")] for row in read_metrics(tmp_path / "without")]
     environments = [json.loads((tmp_path / name / "environment.json").read_text())["run"] for name in ("with", "without")]
@@ -137,7 +142,7 @@ def test_one_that_cannot_be_opened_is_not_called_again_and_the_others_are() -> N
     trackers.finish({}, "done")
     trackers.finish({}, "failed")
     assert [name for name, *_ in closed.calls] == ["begin"]
-    assert [(name, last) for name, _, last in opened.calls] == [("begin", None), ("row", {"loss": 1.0}), ("finish", "done")]
+    assert [(name, last) for name, _, last in opened.calls] == [("begin", ""), ("row", {"loss": 1.0}), ("finish", "done")]
     assert trackers.failures == {"closed": 3}
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -132,6 +133,24 @@ def test_what_cannot_be_heard_has_a_line_and_the_rest_is_done(tmp_path: Path) ->
     assert "lasts 21.0 s, and task.max_seconds is 20: cut it at pauses, or --set task.max_seconds=21" in errors
     status, output, _ = transcribe(model, long, bad, "--json", "--set", "task.max_seconds=21")
     assert (status, [sorted(json.loads(line)) for line in output.splitlines()]) == (1, [["path", "seconds", "text"], ["error", "path"]])
+
+
+def test_a_name_that_is_not_utf_8_is_heard_and_keeps_its_bytes(tmp_path: Path) -> None:
+    model, folder = tmp_path / "model.safetensors", tmp_path / "recordings"
+    write_model(model, "transformer")
+    folder.mkdir()
+    name = os.fsencode(folder) + b"/caf\xe9.wav"
+    soundfile.write(folder / "a.wav", 0.1 * np.random.default_rng(0).standard_normal(SAMPLE_RATE), SAMPLE_RATE)
+    Path(os.fsdecode(name)).write_bytes((folder / "a.wav").read_bytes())
+    (folder / os.fsdecode(b"bad\xe9.wav")).write_bytes(b"no sound")
+    result = CliRunner().invoke(app, ["transcribe", str(model), str(folder)])
+    assert result.exit_code == 1
+    lines = [line.split(b"\t") for line in result.stdout_bytes.splitlines()]
+    assert [line[0] for line in lines] == [os.fsencode(folder / "a.wav"), name]
+    assert lines[0][1] == lines[1][1]
+    rows = [json.loads(line) for line in transcribe(model, folder, "--json")[1].splitlines()]
+    assert [os.fsencode(row["path"]) for row in rows if "text" in row] == [os.fsencode(folder / "a.wav"), name]
+    assert [row["path"] for row in rows if "error" in row] == [str(folder / os.fsdecode(b"bad\xe9.wav"))]
 
 
 def test_bad_input_is_refused(tmp_path: Path, vision: Path) -> None:
