@@ -248,7 +248,7 @@ async function save(name, format) {
   const { traces, layout } = drawn[name];
   const those = LAYERS[name] ? [runs[Number($("layerrun").value)]] : name === "pair" ? pairNow() : runs, each = (of) => [...new Set(those.flatMap(of))].filter(Boolean);
   const claims = [each((run) => run.stamps).join(", "), ...each((run) => [run.privacy])].filter(Boolean);
-  const legend = { showlegend: traces.length > 1 && traces[0].type !== "heatmap", width: 1100, height: Math.max(560, layout.height), title: { text: [escapeHtml(report.title), ...claims.map((claim) => `<sub>${escapeHtml(claim)}</sub>`)].join("<br>"), yref: "container", y: 0.98, yanchor: "top" }, margin: { ...layout.margin, t: 50 + 24 * claims.length } };
+  const legend = { showlegend: traces.length > 1 && traces[0].type !== "heatmap", width: 1100, height: Math.max(560, layout.height), title: { text: [escapeHtml(report.title), ...claims.map((claim) => `<sub>${escapeHtml(claim)}</sub>`)].join("<br>"), yref: "container", y: 1, yanchor: "top", pad: { t: 28 } }, margin: { ...layout.margin, t: 66 + 24 * claims.length } };
   const holder = make("div", { style: "position:absolute;left:-9999px" });
   document.body.append(holder);
   await Plotly.newPlot(holder, structuredClone(traces), { ...structuredClone(layout), ...legend });
