@@ -1,5 +1,6 @@
 """What `fedclip report` does: write the page, the files of `--export`, and both anew while runs go on."""
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,23 +17,39 @@ ENDED = ("done", "failed", "interrupted", "budget spent", "too many users failed
 def report_command(
     paths: Sequence[Path], out: Path | None, watch: bool, every: float, folder: Path | None, wait: Callable[[float], None] = time.sleep
 ) -> int:
-    """Write the report of run and sweep folders, and return the exit status; with `watch` until all runs have ended, or Ctrl-C.
+    """Write the report of run and sweep folders, and return the exit status; with `watch` until nobody works on any run, or Ctrl-C.
 
     Raises:
         ConfigError: a path is no run or sweep folder, a file of it is damaged, or the report cannot be written.
     """
     file = out or (paths[0] / "report.html" if len(paths) == 1 else Path("report.html"))
     try:
+        report = _watched(paths, file, every, wait) if watch else collect(paths)
+        _write(file, render(report))
+        return _said(report, file, folder)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _watched(paths: Sequence[Path], file: Path, every: float, wait: Callable[[float], None]) -> Json:
+    """Write the page anew until nobody works on any run, and return the last report; Ctrl-C ends it once there is a page."""
+    report: Json | None = None
+    try:
         while True:
             report = collect(paths)
-            going = watch and not _ended(report)
-            _write(file, render(report, every if going else None))
-            if not going:
-                break
+            if _ended(report):
+                return report
+            _write(file, render(report, every))
             print(f"{file}: {_progress(report)}", flush=True)
             wait(every)
-    except KeyboardInterrupt:  # the last page must not ask for a next one
-        _write(file, render(collect(paths)))
+    except KeyboardInterrupt:
+        if report is None:
+            raise
+        return collect(paths)  # the last page must not ask for a next one
+
+
+def _said(report: Json, file: Path, folder: Path | None) -> int:
     print(f"report: {file} ({len(report['runs'])} runs)")
     if folder is not None:
         for name in export(report, folder):
@@ -41,7 +58,7 @@ def report_command(
 
 
 def _ended(report: Json) -> bool:
-    return all(run["status"] in ENDED for run in report["runs"])
+    return all(run["status"] in ENDED or run["idle"] for run in report["runs"])
 
 
 def _progress(report: Json) -> str:

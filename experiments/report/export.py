@@ -66,7 +66,7 @@ def export(report: Json, folder: Path) -> list[str]:
 
 def value_of(report: Json, run: Json, column: Json) -> Any:
     """Return what stands in a column of the table for a run, in the column's unit; None where there is nothing."""
-    place = {"run": run, "results": run["results"], "config": report["common"] | run["config"]}[column["from"]]
+    place = {"run": run, "results": run["results"], "config": (report["common"] if run["known"] else {}) | run["config"]}[column["from"]]
     value = place.get(column["key"])
     return value * SCALES[column["kind"]] if column["kind"] in SCALES and value is not None else value
 
@@ -114,38 +114,54 @@ def figures(report: Json) -> Iterator[tuple[str, Figure]]:
         for axis in ("round", "seconds", "users", "both", "epsilon"):
             runs = [run for run in report["runs"] if run["curves"].get(rate) and any(run["curves"].get(axis) or [])]
             if runs:
-                yield f"{rate}-over-{axis}", _curves(report, runs[:MOST_LINES], rate, axis)
-    for run in report["runs"]:
+                yield f"{rate}-over-{axis}", _curves(runs[:MOST_LINES], rate, axis)
+    for run, name in zip(report["runs"], _file_names([run["name"] for run in report["runs"]]), strict=True):
         for key, found in run["layers"].items():
-            yield f"{_file_name(run['name'])}-{key}", _heat(report, run, key, found)
+            yield f"{name}-{key}", _heat(run, key, found)
     heard = [run for run in report["runs"] if run["speakers"]]
     if heard:
-        yield "speakers", _speakers(report, heard[:MOST_LINES])
+        yield "speakers", _speakers(heard[:MOST_LINES])
 
 
-def _file_name(name: str) -> str:
-    return "".join(c if c.isalnum() or c in "-_.=" else "-" for c in name)
+def _file_names(names: Sequence[str]) -> list[str]:
+    """Return a file's name for each name, numbered where two come to the same on a disk that knows no capitals."""
+    found = list[str]()
+    for name in names:
+        plainly = numbered = "".join(c if c.isalnum() or c in "-_.=" else "-" for c in name)
+        n = 1
+        while numbered.casefold() in map(str.casefold, found):
+            n += 1
+            numbered = f"{plainly}-{n}"
+        found.append(numbered)
+    return found
 
 
-def _axes(report: Json, x: str, y: str, height: float = 4.5) -> tuple[Figure, Axes]:
+def claims_of(runs: Sequence[Json]) -> list[str]:
+    """Return the lines that go with a figure of these runs: all their stamps, and what they say of privacy."""
+    stamps = dict.fromkeys(stamp for run in runs for stamp in run["stamps"])
+    return [*filter(None, [", ".join(stamps)]), *dict.fromkeys(run["privacy"] for run in runs if run["privacy"])]
+
+
+def _axes(runs: Sequence[Json], x: str, y: str, height: float = 4.5) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(8, height), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.set(xlabel=x, ylabel=y)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    if report["privacy"]:
-        figure.suptitle(report["privacy"][0], fontsize=7, color="0.35")
+    figure.suptitle("\n".join(claims_of(runs)), fontsize=7, color="0.35", wrap=True)
     return figure, axes
 
 
 def _tradeoff(report: Json, rate: str, axis: str) -> Figure:
-    figure, axes = _axes(report, AXIS_NAMES[axis], f"{RATE_NAMES[rate]}, %")
     there = [point for point in report["points"] if point["rate"] == rate and axis in point["x"]]
+    runs = [report["runs"][n] for point in there for n in point["runs"]]
+    figure, axes = _axes(runs, AXIS_NAMES[axis], f"{RATE_NAMES[rate]}, %")
     for n, point in enumerate(there):
         x, y = point["x"][axis], {end: 100 * value for end, value in point["y"].items()}
         bars = [[[s["mean"] - s["low"]], [s["high"] - s["mean"]]] for s in (x, y)]
         style = {"color": COLOURS[n % len(COLOURS)], "marker": MARKERS[n % len(MARKERS)], "label": point["label"]}
+        style |= {} if point["ended"] else {"markerfacecolor": "none"}
         axes.errorbar(x["mean"], y["mean"], xerr=bars[0], yerr=bars[1], capsize=2, linestyle="", **style)
     front = [report["points"][n] for n in report["fronts"][rate][axis]]
     axes.plot([p["x"][axis]["mean"] for p in front], [100 * p["y"]["mean"] for p in front], ":", color="0.4", linewidth=1, zorder=0)
@@ -154,13 +170,20 @@ def _tradeoff(report: Json, rate: str, axis: str) -> Figure:
     return figure
 
 
-def _curves(report: Json, runs: Sequence[Json], rate: str, axis: str) -> Figure:
-    figure, axes = _axes(report, AXIS_NAMES[axis], f"{RATE_NAMES[rate]}, %")
+def _curves(runs: Sequence[Json], rate: str, axis: str) -> Figure:
+    figure, axes = _axes(runs, AXIS_NAMES[axis], f"{RATE_NAMES[rate]}, %")
     for n, run in enumerate(runs):
         both = zip(run["curves"][axis], run["curves"][rate], strict=True)
         points = [(x, 100 * y) for x, y in both if x is not None and y is not None]
         dash = LINES[n // len(COLOURS) % len(LINES)]
-        axes.plot(*zip(*points, strict=True), label=run["name"], linewidth=1.4, color=COLOURS[n % len(COLOURS)], linestyle=dash)
+        axes.plot(
+            [x for x, _ in points],
+            [y for _, y in points],
+            label=run["name"],
+            linewidth=1.4,
+            color=COLOURS[n % len(COLOURS)],
+            linestyle=dash,
+        )
     _legend(axes, len(runs))
     return figure
 
@@ -169,9 +192,9 @@ def _legend(axes: Axes, entries: int) -> None:
     axes.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1), ncols=max(1, math.ceil(entries / 24)))
 
 
-def _heat(report: Json, run: Json, key: str, found: Json) -> Figure:
+def _heat(run: Json, key: str, found: Json) -> Figure:
     names, shares = found["names"], key in ("layer_clipped", "layer_sparsity")
-    figure, axes = _axes(report, "round", "", height=max(2.2, 1 + 0.22 * len(names)))
+    figure, axes = _axes([run], "round", "", height=max(2.2, 1 + 0.22 * len(names)))
     values = [[math.nan if v is None or (not shares and v <= 0) else v for v in layer] for layer in found["values"]]
     positive = [v for layer in values for v in layer if v > 0]
     norm = Normalize(0, 1) if shares or not positive else LogNorm(min(positive), max(positive))
@@ -186,8 +209,8 @@ def _heat(report: Json, run: Json, key: str, found: Json) -> Figure:
     return figure
 
 
-def _speakers(report: Json, runs: Sequence[Json]) -> Figure:
-    figure, axes = _axes(report, "share of held-out speakers, best first, %", "word error rate, %")
+def _speakers(runs: Sequence[Json]) -> Figure:
+    figure, axes = _axes(runs, "share of held-out speakers, best first, %", "word error rate, %")
     for n, run in enumerate(runs):
         rates = [100 * rate for rate in run["speakers"]["wer"]]
         places = [100 * i / max(1, len(rates) - 1) for i in range(len(rates))]

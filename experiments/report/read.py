@@ -1,13 +1,17 @@
 """Run folders and sweep folders as plain data. What a run that still goes on has not written yet is left out, never waited for."""
 
+import fcntl
 import json
+import os
 import tomllib
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from experiments.sweep_plan import DEFAULT
 from fedclip.choices import block_of
 from fedclip.options import ConfigError
 
@@ -36,8 +40,9 @@ class Trial:
         case: the sweep's case; empty where there are none.
         status: what the sweep says; empty for a run by itself.
         error: why it failed, as the sweep says.
-        settings: what the sweep set.
+        settings: what the sweep set, where it is not the default.
         note: what the sweep asks to be said.
+        above: the sweep's folder; None for a run by itself.
     """
 
     name: str
@@ -49,6 +54,7 @@ class Trial:
     error: str = ""
     settings: tuple[tuple[str, Any], ...] = ()
     note: str = ""
+    above: Path | None = None
 
 
 def find_trials(paths: Sequence[Path]) -> list[Trial]:
@@ -61,12 +67,21 @@ def find_trials(paths: Sequence[Path]) -> list[Trial]:
     for path in paths:
         for trial in _trials_of(path):
             found.setdefault(trial.folder.resolve(), trial)
-    names = [trial.name for trial in found.values()]
-    return [t if names.count(t.name) == 1 else Trial(**{**vars(t), "name": _longer_name(t)}) for t in found.values()]
+    trials = list(found.values())
+    return [replace(trial, name=name) for trial, name in zip(trials, _told_apart(trials), strict=True)]
 
 
-def _longer_name(trial: Trial) -> str:
-    return f"{trial.sweep or trial.folder.resolve().parent.name}/{trial.name}"
+def _told_apart(trials: Sequence[Trial]) -> list[str]:
+    """Return the trials' names, with as much of where they lie as tells them apart."""
+    names, places = [trial.name for trial in trials], [trial.folder.resolve().parts for trial in trials]
+    for depth in range(2, max(map(len, places), default=0) + 1):
+        count = Counter(names)
+        if len(count) == len(names):
+            break
+        for n, (trial, place) in enumerate(zip(trials, places, strict=True)):
+            if count[names[n]] > 1:
+                names[n] = f"{trial.sweep}/{trial.name}" if depth == 2 and trial.sweep else "/".join(place[-depth:])
+    return names
 
 
 def _trials_of(path: Path) -> Iterator[Trial]:
@@ -74,10 +89,10 @@ def _trials_of(path: Path) -> Iterator[Trial]:
         try:
             sweep = json.loads((path / "sweep.json").read_text(encoding="utf-8"))
             for trial in sweep["trials"]:
-                settings = tuple(flat(trial.get("settings", {})))
+                settings = tuple((key, value) for key, value in flat(trial.get("settings", {})) if value != DEFAULT)
                 said = {key: str(trial.get(key) or "") for key in ("case", "status", "error")} | {"note": sweep.get("note") or ""}
-                yield Trial(trial["name"], path / trial["folder"], sweep["name"], trial.get("seed"), settings=settings, **said)
-        except (ValueError, KeyError, TypeError) as error:
+                yield Trial(trial["name"], path / trial["folder"], sweep["name"], trial.get("seed"), settings=settings, above=path, **said)
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{path}/sweep.json is damaged: {error!r}; give its run folders one by one.") from error
     elif (path / "metrics.jsonl").is_file():
         yield Trial(path.resolve().name, path)
@@ -94,7 +109,7 @@ def read_run(trial: Trial) -> Json:
     folder = trial.folder
     try:
         config = tomllib.loads(_text(folder / "config.toml"))
-        summary = json.loads(_text(folder / "summary.json") or "{}")
+        summary = json.loads(_text(folder / "summary.json") or "{}", parse_constant=_no_number)
         environment = json.loads(_text(folder / "environment.json") or "{}")
         rows, speakers = _lines(folder / "metrics.jsonl"), _lines(folder / "speakers.jsonl")
     except ValueError as error:
@@ -110,8 +125,40 @@ def read_run(trial: Trial) -> Json:
     }
 
 
+def idle(trial: Trial) -> bool:
+    """Return whether nobody works on a run: it or its sweep was held once, and now neither is; False where that can't be told."""
+    held = [_held(folder / ".lock") for folder in (trial.folder, trial.above) if folder is not None]
+    return False in held and True not in held
+
+
+def _held(file: Path) -> bool | None:
+    """Return whether a process holds a lock; None where there is none, or it can't be told."""
+    try:
+        descriptor = os.open(file, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # let go by the close
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
+    else:
+        return False
+    finally:
+        os.close(descriptor)
+
+
 def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8") if path.is_file() else ""
+    """Return what a file says; nothing where there is none, or where it was put away just now."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        return ""
+
+
+def _no_number(_: str) -> None:
+    """Return what stands for NaN and infinities, which JSON does not know."""
 
 
 def _lines(path: Path) -> list[Json]:
@@ -119,7 +166,7 @@ def _lines(path: Path) -> list[Json]:
     lines = _text(path).splitlines(keepends=True)
     if lines and not lines[-1].endswith("\n"):
         lines.pop()
-    return [json.loads(line) for line in lines]
+    return [json.loads(line, parse_constant=_no_number) for line in lines]
 
 
 def _tensors(path: Path) -> list[str]:
@@ -151,22 +198,29 @@ def rate_of(rows: Sequence[Json]) -> str:
 
 
 def curves_of(rows: Sequence[Json], most: int) -> Json:
-    """Return columns over rounds: sums up to each round (bytes, seconds, users) and what was measured in it, thinned to about `most`."""
-    sums = {
-        "up": list(accumulate(row["uplink_bytes"] for row in rows)),
-        "down": list(accumulate(row["downlink_bytes"] for row in rows)),
+    """Return columns over rounds: sums up to each round (bytes, seconds, users) and what was measured in it, thinned to about `most`.
+
+    A sum is None from the first round on that does not say its part.
+    """
+    sums: dict[str, list[float | None]] = {
+        "up": list(accumulate((row.get("uplink_bytes") for row in rows), _add)),
+        "down": list(accumulate((row.get("downlink_bytes") for row in rows), _add)),
         "seconds": list(accumulate(row.get("round_seconds") or 0.0 for row in rows)),
-        "users": list(accumulate(row["users"] for row in rows)),
+        "users": list(accumulate((row.get("users") for row in rows), _add)),
     }
     rate = rate_of(rows)
     evaluated = [i for i, row in enumerate(rows) if row.get(rate) is not None]
     kept = sorted({*_evenly(list(range(len(rows))), most), *_evenly(evaluated, most)})
     columns: Json = {"round": [rows[i]["round"] for i in kept]} | {name: [values[i] for i in kept] for name, values in sums.items()}
-    columns["both"] = [sums["up"][i] + sums["down"][i] for i in kept]
+    columns["both"] = [_add(sums["up"][i], sums["down"][i]) for i in kept]
     for name in CURVES:
         if any(name in row for row in rows):
             columns[name] = [rows[i].get(name) for i in kept]
     return columns
+
+
+def _add(a: float | None, b: float | None) -> float | None:
+    return None if a is None or b is None else a + b
 
 
 def layers_of(rows: Sequence[Json], tensors: Sequence[str], most: int) -> Json:
@@ -188,12 +242,14 @@ def _names(tensors: Sequence[str], count: int) -> list[str]:
 
 
 def speakers_of(speakers: Sequence[Json], row: Json, most: int) -> Json:
-    """Return the word error rates of held-out speakers, ascending and thinned to `most`, with how many there are and their spread."""
-    rates = sorted(line["wer"] for line in speakers if line.get("wer") is not None)
-    if not rates:
+    """Return the word error rates of held-out speakers, ascending and thinned to `most`, whose they are, how many, and their spread."""
+    heard = sorted((line for line in speakers if line.get("wer") is not None), key=lambda line: line["wer"])
+    if not heard:
         return {}
     spread = {name: row[name] for name in SPREAD if row.get(name) is not None}
-    return {"count": len(rates), "wer": [rates[i] for i in _evenly(list(range(len(rates))), most)]} | spread
+    kept = [heard[i] for i in _evenly(list(range(len(heard))), most)]
+    who = [" ".join(f"{key} {line[key]}" for key in ("unit", "group") if line.get(key) not in (None, "")) for line in kept]
+    return {"count": len(heard), "wer": [line["wer"] for line in kept], "who": who} | spread
 
 
 def _evenly(places: Sequence[int], most: int) -> list[int]:

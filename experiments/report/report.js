@@ -34,7 +34,8 @@ const KINDS = {
   megabytes: (v) => number(v / 1e6, 4), minutes: (v) => number(v / 60),
 };
 const SCALE = { percent: 100, megabytes: 1e-6, minutes: 1 / 60 };
-const configOf = (run) => ({ ...report.common, ...run.config });
+// A trial that waits has no configuration but what its sweep sets.
+const configOf = (run) => run.known ? { ...report.common, ...run.config } : run.config;
 function valueOf(run, column) {
   const place = column.from === "config" ? configOf(run) : column.from === "results" ? run.results : run;
   return place[column.key] ?? null;
@@ -86,7 +87,7 @@ function layoutOf(x, y, more = {}) {
 
 const rateNow = () => $("rate").value || report.rates[0];
 const better = (rate) => (a, b) => rate === "wer" ? a.y.mean - b.y.mean : b.y.mean - a.y.mean;
-const runsLabel = (p) => p.runs.length === 1 ? "one run" : `${p.runs.length} seeds`;
+const runsLabel = (p) => p.runs.length === 1 ? "one run" : p.seeds === p.runs.length ? `${p.seeds} seeds` : `${p.runs.length} runs of ${p.seeds} seed${p.seeds > 1 ? "s" : ""}`;
 
 function tradeoff(axis) {
   const rate = rateNow(), those = points.filter((p) => p.rate === rate), there = those.filter((p) => p.x[axis]);
@@ -98,20 +99,22 @@ function tradeoff(axis) {
     return {
       type: "scatter", mode: "markers", name: p.label, x: [p.x[axis].mean], y: [100 * p.y.mean], customdata: [p.id],
       error_y: bar(p.y, (v) => 100 * v), error_x: bar(p.x[axis], (v) => v),
-      marker: { color: style.colour, symbol: style.symbol[0], size: front.includes(p) ? 12 : 9, opacity: front.includes(p) ? 1 : 0.75, line: { color: css("--back"), width: 1 } },
+      marker: { color: style.colour, symbol: style.symbol[0] + (p.ended ? "" : "-open"), size: front.includes(p) ? 12 : 9, opacity: front.includes(p) ? 1 : 0.75, line: { color: p.ended ? css("--back") : style.colour, width: 1 } },
       hovertemplate: `<b>${escapeHtml(p.label)}</b><br>${RATE[rate]} ${percent(p.y.mean)}% (${percent(p.y.low)} to ${percent(p.y.high)}; ${runsLabel(p)})<br>${privacy ? "epsilon " : ""}${write(p.x[axis].mean)}<extra></extra>`,
     };
   });
   traces.unshift({ type: "scatter", mode: "lines", name: "Pareto front", x: front.map((p) => p.x[axis].mean), y: front.map((p) => 100 * p.y.mean), line: { color: css("--soft"), width: 1.4, dash: "dot" }, hoverinfo: "skip" });
-  const without = those.filter((p) => !p.x[axis]).sort(better(rate))[0];
+  // What had noise of an infinite epsilon, or is not finished, is nothing to measure the others by.
+  const without = those.filter((p) => !p.x[axis] && p.ended && !(axis === "epsilon" && p.noisy)).sort(better(rate))[0];
   const shapes = [], annotations = [];
   if (without) {
     const what = { epsilon: "best without noise", extrapolated: "best of the others" }[axis] || "best without messages";
     shapes.push({ type: "line", xref: "paper", x0: 0, x1: 1, y0: 100 * without.y.mean, y1: 100 * without.y.mean, line: { color: css("--soft"), width: 1, dash: "dash" } });
     annotations.push({ xref: "paper", x: 1, y: 100 * without.y.mean, xanchor: "right", yanchor: "bottom", showarrow: false, text: `${what}: ${percent(without.y.mean)}%`, font: { size: 11, color: css("--soft") } });
   }
-  const best = [...there].sort(better(rate))[0], least = front[0];
-  const sentence = `${RATE[rate][0].toUpperCase() + RATE[rate].slice(1)} of ${there.length} configuration${there.length > 1 ? "s" : ""} against ${AXIS[axis]}: the best, ${percent(best.y.mean)}%, is ${best.label} at ${write(best.x[axis].mean)}; the least is ${least.label} at ${write(least.x[axis].mean)} and ${percent(least.y.mean)}%. The dotted line joins those that none beats in both. Bars: least to greatest of several seeds; of one run the 95% interval.`;
+  const finished = there.filter((p) => p.ended), best = [...(finished.length ? finished : there)].sort(better(rate))[0], least = front[0];
+  const open = there.length - finished.length;
+  const sentence = `${RATE[rate][0].toUpperCase() + RATE[rate].slice(1)} of ${there.length} configuration${there.length > 1 ? "s" : ""} against ${AXIS[axis]}: the best, ${percent(best.y.mean)}%, is ${best.label} at ${write(best.x[axis].mean)}${least ? `; the least is ${least.label} at ${write(least.x[axis].mean)} and ${percent(least.y.mean)}%` : ""}. The dotted line joins those that none beats in both. Bars: least to greatest of several seeds; of one run the 95% interval.${open ? ` Hollow: ${open} not finished, in no front.` : ""}`;
   return { traces, sentence, legend: there.map((p) => ({ label: p.label, ...styleOf(p) })), layout: layoutOf([AXIS[axis], { type: "log", ...decades(there.map((p) => p.x[axis].mean), write) }], [`${RATE[rate]}, %`, {}], { shapes, annotations }) };
 }
 
@@ -193,8 +196,8 @@ function speakers(chosen) {
   if (!there.length) return null;
   const traces = there.map((run) => {
     const rates = run.speakers.wer, style = styleOfRun(run);
-    return { type: "scatter", mode: "lines", name: run.name, x: rates.map((_, i) => rates.length > 1 ? 100 * i / (rates.length - 1) : 100), y: rates.map((v) => 100 * v), line: { color: style.colour, dash: style.dash, width: 1.8 }, customdata: rates.map(() => run.id),
-      hovertemplate: `<b>${escapeHtml(run.name)}</b><br>%{x:.0f}% of speakers are at or below<br>%{y:.1f}% WER<extra></extra>` };
+    return { type: "scatter", mode: "lines", name: run.name, x: rates.map((_, i) => rates.length > 1 ? 100 * i / (rates.length - 1) : 100), y: rates.map((v) => 100 * v), line: { color: style.colour, dash: style.dash, width: 1.8 }, customdata: rates.map(() => run.id), text: run.speakers.who.map((who) => escapeHtml(who)),
+      hovertemplate: `<b>${escapeHtml(run.name)}</b><br>%{text}<br>%{x:.0f}% of speakers are at or below<br>%{y:.1f}% WER<extra></extra>` };
   });
   const shapes = [{ type: "rect", xref: "x", yref: "paper", x0: 90, x1: 100, y0: 0, y1: 1, fillcolor: css("--soft"), opacity: 0.13, line: { width: 0 } }];
   const said = there.slice(0, 3).map((run) => `${run.name} ${run.speakers.wer_worst_decile === undefined ? "" : percent(run.speakers.wer_worst_decile) + "%"}`).join(", ");
@@ -231,7 +234,7 @@ function draw(name) {
   const plot = figure.querySelector(".plot");
   plot.setAttribute("aria-label", made.sentence);
   figure.querySelector("figcaption").textContent = made.sentence;
-  figure.querySelector(".legend").replaceChildren(...made.legend.slice(0, 40).map((entry) => legendEntry(entry)));
+  figure.querySelector(".legend").replaceChildren(...made.legend.slice(0, 40).map((entry) => legendEntry(entry)), ...(made.legend.length > 40 ? [make("li", {}, `and ${made.legend.length - 40} more`)] : []));
   Plotly.react(plot, made.traces, made.layout, { displayModeBar: false, responsive: true });
 }
 function legendEntry(entry) {
@@ -243,7 +246,9 @@ function drawAll() { Object.keys(FIGURES).forEach(draw); }
 
 async function save(name, format) {
   const { traces, layout } = drawn[name];
-  const legend = { showlegend: traces.length > 1 && traces[0].type !== "heatmap", width: 1100, height: Math.max(560, layout.height), title: { text: report.title + (report.privacy.length ? `<br><sub>${escapeHtml(report.privacy[0])}</sub>` : "") }, margin: { ...layout.margin, t: 70 } };
+  const those = LAYERS[name] ? [runs[Number($("layerrun").value)]] : name === "pair" ? pairNow() : runs, each = (of) => [...new Set(those.flatMap(of))].filter(Boolean);
+  const claims = [each((run) => run.stamps).join(", "), ...each((run) => [run.privacy])].filter(Boolean);
+  const legend = { showlegend: traces.length > 1 && traces[0].type !== "heatmap", width: 1100, height: Math.max(560, layout.height), title: { text: [escapeHtml(report.title), ...claims.map((claim) => `<sub>${escapeHtml(claim)}</sub>`)].join("<br>"), yref: "container", y: 1, yanchor: "top", pad: { t: 28 } }, margin: { ...layout.margin, t: 66 + 24 * claims.length } };
   const holder = make("div", { style: "position:absolute;left:-9999px" });
   document.body.append(holder);
   await Plotly.newPlot(holder, structuredClone(traces), { ...structuredClone(layout), ...legend });
@@ -290,8 +295,8 @@ function tableRuns() {
   });
 }
 function makeHead() {
-  const heads = report.columns.map((column, i) => make("th", { scope: "col", class: isNumber(column) ? "n" : null, "aria-sort": "none" }, make("button", { type: "button", onclick: () => { state.down = state.sort === i && !state.down; state.sort = i; fillTable(); } }, column.title)));
-  const filters = report.columns.map((column) => make("th", {}, make("input", { type: "search", "aria-label": `Filter ${column.title}`, oninput: fillTable })));
+  const heads = report.columns.map((column, i) => make("th", { scope: "col", class: isNumber(column) ? "n" : null, "aria-sort": "none" }, make("button", { type: "button", onclick: () => { state.down = state.sort === i && !state.down; state.sort = i; keep(); fillTable(); } }, column.title)));
+  const filters = report.columns.map((column) => make("th", {}, make("input", { type: "search", "aria-label": `Filter ${column.title}`, oninput: () => { keep(); fillTable(); } })));
   $("table").append(make("thead", {}, make("tr", {}, make("th", { scope: "col" }, "draw"), ...heads), make("tr", {}, make("th", {}), ...filters)), make("tbody"));
 }
 function fillTable() {
@@ -299,8 +304,8 @@ function fillTable() {
   $("count").textContent = `${found.length} of ${runs.length} run${runs.length > 1 ? "s" : ""}`;
   document.querySelectorAll("#table thead tr:first-child th[aria-sort]").forEach((head, i) => head.setAttribute("aria-sort", state.sort === i ? (state.down ? "descending" : "ascending") : "none"));
   const rows = found.flatMap((run) => {
-    const cells = report.columns.map((column, i) => make("td", { class: isNumber(column) ? "n" : null }, i ? cell(run, column) : make("button", { type: "button", class: "open", "aria-expanded": String(state.open.has(run.id)), onclick: () => { state.open.has(run.id) ? state.open.delete(run.id) : state.open.add(run.id); fillTable(); } }, run.name)));
-    const box = make("input", { type: "checkbox", "aria-label": `Draw ${run.name}`, onchange: () => { state.shown.has(run.id) ? state.shown.delete(run.id) : state.shown.add(run.id); draw("curves"); draw("speakers"); } });
+    const cells = report.columns.map((column, i) => make("td", { class: isNumber(column) ? "n" : null }, i ? cell(run, column) : make("button", { type: "button", class: "open", "aria-expanded": String(state.open.has(run.id)), onclick: () => { state.open.has(run.id) ? state.open.delete(run.id) : state.open.add(run.id); keep(); fillTable(); } }, run.name)));
+    const box = make("input", { type: "checkbox", "aria-label": `Draw ${run.name}`, onchange: () => { state.shown.has(run.id) ? state.shown.delete(run.id) : state.shown.add(run.id); keep(); draw("curves"); draw("speakers"); } });
     box.checked = state.shown.has(run.id);
     const row = make("tr", { "data-run": run.id }, make("td", {}, box), ...cells);
     return state.open.has(run.id) ? [row, detailsOf(run)] : [row];
@@ -309,9 +314,11 @@ function fillTable() {
 }
 function detailsOf(run) {
   const inside = make("div", {}, make("p", {}, `Folder ${run.folder}. ${run.note} ${run.privacy} ${run.error}`.trim()));
-  const keys = Object.keys(run.config).filter((key) => key !== "run.out");
+  const said = (r, key) => plain(configOf(r)[key]) || (r.known ? "not set" : "");  // a trial that waits may yet get it
+  const keys = [...new Set([run, ...runs].flatMap((r) => Object.keys(r.config)))].filter((key) => key !== "run.out");
+  const differing = keys.map((key) => [key, said(run, key), [...new Set(runs.filter((r) => r !== run).map((r) => said(r, key)).filter(Boolean))]]).filter(([, here, others]) => others.some((value) => value !== here));
   if (runs.length > 1) {
-    inside.append(make("b", {}, "What differs from the others"), tableOf([["key", "here", "others"], ...keys.map((key) => [key, plain(run.config[key]), [...new Set(runs.filter((r) => r !== run && r.known).map((r) => plain(configOf(r)[key]) || "not set"))].slice(0, 6).join(", ")])]));
+    inside.append(make("b", {}, "What differs from the others"), tableOf([["key", "here", "others"], ...differing.map(([key, here, others]) => [key, here || "not known yet", others.slice(0, 6).join(", ")])]));
   }
   const all = Object.entries(configOf(run)).sort(([a], [b]) => a < b ? -1 : 1);
   inside.append(make("details", { open: runs.length === 1 }, make("summary", {}, "Whole configuration"), tableOf([["key", "value"], ...all.map(([key, value]) => [key, plain(value)])])));
@@ -352,14 +359,14 @@ function drawSpread() {
 }
 function drawHead() {
   $("sentence").textContent = report.sentence;
-  const meaning = { private: "user-level differential privacy was accounted for", "not private": "no noise", nominal: "seeded simulation: the noise can be repeated, so that epsilon is a figure, no guarantee", extrapolated: "a figure for a larger cohort than was run", insecure: "without the protections of a deployment" };
+  const meaning = { private: "user-level differential privacy was accounted for", "not private": "no noise, or none that gives a finite epsilon", "noise without a finite epsilon": "so little noise that no epsilon was found: no privacy is claimed", nominal: "seeded simulation: the noise can be repeated, so that epsilon is a figure, no guarantee", extrapolated: "a figure for a larger cohort than was run", insecure: "without the protections of a deployment" };
   $("stamps").replaceChildren(...report.stamps.map((stamp) => make("li", { title: meaning[stamp], "data-good": stamp === "private", "data-warn": stamp !== "private" }, `${stamp}${runs.length > 1 ? ` (${runs.filter((r) => r.stamps.includes(stamp)).length})` : ""}`)));
   $("claims").textContent = [...report.privacy, ...report.notes].join(". ");
-  const rate = rateNow(), those = points.filter((p) => p.rate === rate).sort(better(rate)), tiles = [];
+  const rate = rateNow(), those = points.filter((p) => p.rate === rate).sort((a, b) => b.ended - a.ended || better(rate)(a, b)), tiles = [];
   if (those.length) {
     const best = those[0], sign = rate === "wer" ? 1 : -1;
     tiles.push([`best ${RATE[rate]}`, `${percent(best.y.mean)}%`, best.label]);
-    const near = those.filter((p) => p.x.both && sign * (p.y.mean - best.y.mean) <= 0.01).sort((a, b) => a.x.both.mean - b.x.both.mean)[0];
+    const near = those.filter((p) => p.x.both && p.ended === best.ended && sign * (p.y.mean - best.y.mean) <= 0.01).sort((a, b) => a.x.both.mean - b.x.both.mean)[0];
     if (near) tiles.push([near === best ? "bytes it took, both ways" : "fewest bytes within 1 point of it", bytes(near.x.both.mean), near.label]);
     const guarded = those.filter((p) => p.x.epsilon);
     if (guarded.length) tiles.push([`best ${RATE[rate]} under noise`, `${percent(guarded[0].y.mean)}%`, `epsilon ${number(guarded[0].x.epsilon.mean)}: ${guarded[0].label}`]);
@@ -394,6 +401,24 @@ for (const select of document.querySelectorAll("select")) {
   if (kept !== null && [...select.options].some((o) => o.value === kept)) select.value = kept;
   select.addEventListener("change", () => store.set(`select ${select.id}`, select.value));
 }
+// What was picked, sorted and opened outlives a page that loads itself anew; runs by folder, columns by title.
+const filterFields = () => [...document.querySelectorAll("#table thead input")];
+function keep() {
+  const folders = (ids) => [...ids].map((id) => runs[id].folder), filters = Object.fromEntries(filterFields().map((field, i) => [report.columns[i].title, field.value]));
+  store.set("table", JSON.stringify({ sort: state.sort === null ? null : report.columns[state.sort].title, down: state.down, open: folders(state.open), boxes: runs.map((run) => [run.folder, state.shown.has(run.id)]), find: $("find").value, filters }));
+}
+function restore() {
+  const kept = JSON.parse(store.get("table") || "null");
+  if (!kept) return;
+  const place = report.columns.findIndex((column) => column.title === kept.sort), boxes = new Map(kept.boxes);
+  [state.sort, state.down] = [place < 0 ? null : place, kept.down];
+  for (const run of runs) {
+    if (kept.open.includes(run.folder)) state.open.add(run.id);
+    if (boxes.has(run.folder)) state.shown[boxes.get(run.folder) ? "add" : "delete"](run.id);
+  }
+  $("find").value = kept.find;
+  filterFields().forEach((field, i) => { field.value = kept.filters[report.columns[i].title] || ""; });
+}
 const dark = matchMedia("(prefers-color-scheme: dark)");
 function setTheme(theme) { document.documentElement.dataset.theme = theme; drawAll(); }
 $("theme").addEventListener("click", () => { const theme = document.documentElement.dataset.theme === "dark" ? "light" : "dark"; store.set("theme", theme); setTheme(theme); });
@@ -402,13 +427,14 @@ document.documentElement.dataset.theme = store.get("theme") || (dark.matches ? "
 
 for (const [select, figures] of Object.entries({ bytes: ["bytes"], claim: ["epsilon"], measure: ["curves"], against: ["curves"], layerrun: Object.keys(LAYERS), rate: ["bytes", "epsilon"] })) $(select).addEventListener("change", () => { figures.forEach(draw); if (select === "rate") drawHead(); });
 for (const select of ["first", "second"]) $(select).addEventListener("change", drawPair);
-$("find").addEventListener("input", fillTable);
+$("find").addEventListener("input", () => { keep(); fillTable(); });
 $("csv").addEventListener("click", () => downloadText("runs.csv", asCsv(), "text/csv"));
 $("latex").addEventListener("click", () => downloadText("runs.tex", asLatex(), "application/x-tex"));
 let wasNarrow = narrow();
 addEventListener("resize", () => { if (narrow() !== wasNarrow) { wasNarrow = narrow(); drawAll(); } });
 drawHead();
 makeHead();
+restore();
 fillTable();
 drawSpread();
 drawAll();

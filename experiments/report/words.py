@@ -15,11 +15,12 @@ RATE_NAMES = {"wer": "word error rate", "accuracy": "accuracy"}
 
 def sentence_of(runs: Sequence[Json]) -> str:
     """Return what was run, in a sentence or two."""
-    first = runs[0]["config"]
+    known = [run for run in runs if run["known"]] or runs
+    first = known[0]["config"]
     ended = [run for run in runs if run["results"]["rate"] is not None]
     many = f"{len(runs)} runs" if len(runs) > 1 else "One run"
     parts = [f"{many} of {_each(runs, 'task.name') or 'a task'} by {_each(runs, 'strategy.method') or 'stages of its own'}"]
-    if all(run["config"].get("population.size") == first.get("population.size") for run in runs) and first.get("population.size"):
+    if all(run["config"].get("population.size") == first.get("population.size") for run in known) and first.get("population.size"):
         parts.append(f"{first['population.size']:,} users")
     parts.append(f"{_range([run['results']['rounds'] for run in runs], '{:,.0f}')} rounds")
     parts.append(f"{_range([run['results']['users'] for run in runs if run['results']['users']], '{:,.0f}')} users' updates")

@@ -1,7 +1,10 @@
 """A report shows the numbers of its run folders, in one file, whatever state the runs are in."""
 
 import csv
+import datetime
 import json
+import math
+import os
 import re
 from pathlib import Path
 
@@ -11,7 +14,9 @@ from typer.testing import CliRunner
 from experiments.cli import app
 from experiments.report.collect import LARGEST, collect
 from experiments.report.command import report_command
+from experiments.report.export import as_csv, export, figures
 from experiments.report.page import data_of, render
+from fedclip.storage import lock
 from tests.report_folders import LAYERS, read, row_of, run_folder, sweep_folder
 
 PROJECT = Path(__file__).parents[2]
@@ -72,6 +77,127 @@ def test_seeds_are_one_point_and_the_front_is_of_points_that_none_beats(tmp_path
     shown = collect(pictures)
     assert shown["fronts"]["accuracy"]["up"] == [0, 1], "of accuracies the greater is the better"
     assert collect(pictures[1:] + pictures[:1])["fronts"]["accuracy"]["up"] == [1, 0]
+
+
+def test_runs_that_could_differ_in_their_results_are_no_seeds_of_one_point(tmp_path: Path) -> None:
+    same = [
+        {"run": {"workers": 3, "engine": "process"}, "task": {"cache_mb": 9, "name": "asr"}},
+        {"evaluation": {"every": 3}, "ray": {"retries": 2}},
+    ]
+    other = [
+        {"task": {"name": "asr", "decoder": {"kind": "beam"}}},
+        {"task": {"name": "asr", "model": {"path": "a"}}},
+        {"task": {"name": "asr", "model": {"adapters": {"base": "a"}}}},
+        {"run": {"data_dir": "elsewhere"}},
+        {"run": {"init_digest": "abc"}},
+        {"evaluation": {"max_units": 3}},
+    ]
+    folders = [run_folder(tmp_path / f"r{n}", settings=settings, seed=1 + n // 2) for n, settings in enumerate([{}, *same, *other])]
+    points = collect(folders)["points"]
+    assert [point["runs"] for point in points] == [[0, 1, 2], *([n] for n in range(3, 9))]
+    assert points[0]["seeds"] == 2, "three runs, two of one seed"
+
+
+def test_a_run_that_is_not_finished_is_a_point_of_its_own_that_costs_what_its_error_rate_cost(tmp_path: Path) -> None:
+    done, going = run_folder(tmp_path / "a1", error=0.3), run_folder(tmp_path / "a2", error=0.1, seed=2, rounds=5, ended=False, noise=None)
+    stopped = run_folder(tmp_path / "a3", error=0.1, seed=3, rounds=5, ended=False)
+    (stopped / "summary.json").write_text('{"status": "failed", "error": "the disk is full"}')
+    shown = collect([done, going, stopped])
+    assert [p["label"] for p in shown["points"]] == ["a1", "a2 (so far, round 4)", "a3 (failed, round 4)"]
+    _, point, _ = shown["points"]
+    rows = read(going / "metrics.jsonl")
+    assert (point["y"]["mean"], rows[-1].get("wer")) == (rows[3]["wer"], None)
+    assert point["x"]["up"]["mean"] == sum(row["uplink_bytes"] for row in rows[:4])
+    assert shown["runs"][1]["results"]["up"] == sum(row["uplink_bytes"] for row in rows), "the table tells of the whole run"
+    assert (shown["fronts"]["wer"]["up"], [run["error"] for run in shown["runs"]]) == ([0], ["", "", "the disk is full"])
+
+
+def test_noise_of_an_infinite_epsilon_is_not_private(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "weak", noise=0.01)
+    rows = [row | ({"epsilon": None} if row["round"] > 2 else {}) for row in read(folder / "metrics.jsonl")]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shown = collect([folder])
+    (run,), (point,) = shown["runs"], shown["points"]
+    assert run["stamps"] == ["not private", "noise without a finite epsilon"]
+    assert (run["results"]["epsilon"], "epsilon" in point["x"], point["noisy"]) == (None, False, True)
+
+
+def test_a_trial_that_waits_has_its_own_settings_and_no_others(tmp_path: Path) -> None:
+    sweep = sweep_folder(tmp_path / "sweep", cases=(("dense", 0.2, 1000),))
+    file = json.loads((sweep / "sweep.json").read_text())
+    file["trials"][-1]["settings"] = {"codec.name": "int8", "local.lr": "default"}
+    file["trials"][0]["status"] = "failed"
+    (sweep / "trials" / "dense-seed=1" / "summary.json").write_text('{"status": "interrupted"}')
+    (sweep / "sweep.json").write_text(json.dumps(file))
+    shown = collect([sweep])
+    assert (shown["common"]["codec.name"], shown["runs"][2]["config"]) == ("dense", {"codec.name": "int8"})
+    assert [run["status"] for run in shown["runs"]] == ["failed", "done", "waiting"], "the sweep knows what failed"
+    row = list(csv.DictReader(as_csv(collect([sweep, run_folder(tmp_path / "x", settings={"codec": {"name": "raw"}})])).splitlines()))[2]
+    assert (row["codec name"], "lr" in row) == ("int8", False)
+
+
+def test_runs_of_one_name_are_told_apart_and_so_are_their_files(tmp_path: Path) -> None:
+    folders = [run_folder(tmp_path / above / "x" / "run") for above in ("a", "b")]
+    folders += [run_folder(tmp_path / "c" / "b-x-run"), run_folder(tmp_path / "B-x-RUN")]
+    shown = collect(folders)
+    assert [run["name"] for run in shown["runs"]] == ["a/x/run", "b/x/run", "b-x-run", "B-x-RUN"]
+    names = [name for name, _ in figures(shown)]
+    assert len({name.lower() for name in names}) == len(names)
+
+
+def test_every_figure_carries_all_stamps_and_lines_of_privacy(tmp_path: Path) -> None:
+    folders = [run_folder(tmp_path / "open"), run_folder(tmp_path / "private", error=0.3, noise=2.0, extrapolated=True)]
+    shown = collect(folders)
+    shown["runs"][0]["privacy"] = "another line"
+    found = dict(figures(shown))
+    assert found["wer-both"].get_suptitle().splitlines() == [
+        "not private, private, nominal, extrapolated",
+        "another line",
+        "seeded simulation: epsilon is nominal",
+    ]
+    assert found["private-layer_snr"].get_suptitle().splitlines()[0] == "private, nominal, extrapolated", "of its own run"
+
+
+def test_what_is_missing_or_no_number_is_left_out(tmp_path: Path) -> None:
+    settings = {"local": {"lr": math.inf}, "extra": {"day": datetime.date(2026, 1, 2), "list": [math.nan]}}
+    folder = run_folder(tmp_path / "deployed", settings=settings)
+    rows = [{k: v for k, v in row.items() if k not in ("uplink_bytes", "users")} for row in read(folder / "metrics.jsonl")]
+    rows[0]["train_loss"] = math.nan
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run, *_ = data_of(render(collect([folder, run_folder(tmp_path / "other")])))["runs"]
+    assert [run["config"][key] for key in ("local.lr", "extra.day", "extra.list")] == ["inf", "2026-01-02", ["nan"]]
+    assert [run["results"][key] for key in ("up", "both", "users", "down")] == [None, None, None, 18_000]
+    assert run["curves"]["train_loss"][:2] == [None, 1.5]
+    export(collect([folder]), tmp_path / "out")
+
+
+def test_watching_ends_where_nobody_works_and_by_ctrl_c(tmp_path: Path) -> None:
+    folder, page = run_folder(tmp_path / "run", ended=False), tmp_path / "page.html"
+    held, waits = lock(folder), list[float]()
+
+    def die(seconds: float) -> None:
+        waits.append(seconds)
+        os.close(held)
+
+    assert report_command([folder], page, watch=True, every=1.0, folder=None, wait=die) == 0
+    assert (len(waits), data_of(page.read_text(encoding="utf-8"))["runs"][0]["status"]) == (1, "stopped")
+    (folder / ".lock").unlink()
+
+    def leave(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    assert report_command([folder], page, watch=True, every=1.0, folder=None, wait=leave) == 0
+    assert "http-equiv" not in page.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("watch", [False, True])
+def test_ctrl_c_before_there_is_a_page_is_130(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, watch: bool) -> None:
+    def interrupted(_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("experiments.report.command.collect", interrupted)
+    assert report_command([run_folder(tmp_path / "run")], tmp_path / "page.html", watch=watch, every=1.0, folder=None) == 130
+    assert not (tmp_path / "page.html").exists()
 
 
 def test_a_sweep_shows_all_its_trials_by_case_and_is_shown_once(tmp_path: Path) -> None:
@@ -185,7 +311,8 @@ def test_a_run_of_this_program_is_shown_with_the_names_of_its_layers(tmp_path: P
     assert report(out)[0] == 0
     (run,) = data_of((out / "report.html").read_text(encoding="utf-8"))["runs"]
     rows = read(out / "metrics.jsonl")
-    assert set(run["layers"]) == {"layer_clipped", "layer_norm", "layer_snr", "layer_sparsity"}
+    assert "layer_sparsity" not in rows[0], "the chain leaves nothing out"
+    assert set(run["layers"]) == {"layer_clipped", "layer_norm", "layer_snr"}
     for key, found in run["layers"].items():
         assert found["names"] == ["conv1.weight", "conv1.bias", "conv2.weight", "conv2.bias", "out.weight", "out.bias"]
         assert found["values"][-1] == pytest.approx([row[key][-1] for row in rows], rel=1e-3)

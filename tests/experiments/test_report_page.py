@@ -136,6 +136,36 @@ def test_the_table_sorts_filters_opens_and_compares(browser: Browser, folders: l
     assert browser.run(TRACES)["pair"][1]["name"] == "plain"
 
 
+def test_settings_that_the_opened_run_lacks_are_told_and_a_loaded_page_is_as_it_was_left(
+    browser: Browser, folders: list[Path], tmp_path: Path
+) -> None:
+    weak = run_folder(tmp_path / "weak", error=0.05, noise=0.01, ended=False)
+    rows = [row | {"epsilon": None} for row in read(weak / "metrics.jsonl")]
+    (weak / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file = page_of([*folders, weak], tmp_path / "page.html")
+    browser.open(file, 1280)
+    told = "[...document.querySelectorAll('tr.details table')[0].rows].map((r) => [...r.cells].map((c) => c.textContent))"
+    assert ["privacy.noise_multiplier", "not set", "2, 0.5, 0.01"] in browser.run(f"document.querySelector('#table .open').click(); {told}")
+    lines = "document.querySelector('[data-figure=epsilon] .plot').layout.annotations.map((a) => a.text)"
+    assert browser.run(lines) == ["best without noise: 10.0%"], "noise of an infinite epsilon is noise"
+    drawn = "document.querySelector('[data-figure=bytes] .plot').data.map((t) => t.marker && t.marker.symbol)"
+    assert browser.run(drawn)[-1].endswith("-open"), "it is not finished"
+    assert browser.run("document.querySelector('[data-figure=speakers] .plot').data[0].text[0]").startswith("unit ")
+    browser.run("[...document.querySelectorAll('#table thead button')].find((b) => b.textContent === 'WER, %').click()")
+    browser.run("document.querySelectorAll('#table tbody input')[0].click(); $('find').value = 'n'")
+    browser.run(
+        "(() => { const f = document.querySelectorAll('#table thead input')[0]; f.value = 'a'; f.dispatchEvent(new Event('input')); })()"
+    )
+    fields = "[...document.querySelectorAll('#table input')].map((i) => i.type === 'checkbox' ? i.checked : i.value)"
+    left = f"[[...document.querySelectorAll('#table tbody tr')].map((r) => r.innerText), {fields}, $('find').value, state.sort]"
+    before, kept = browser.run(left), browser.run("JSON.stringify({ ...sessionStorage })")
+    again = browser.call("Page.addScriptToEvaluateOnNewDocument", source=f"Object.assign(sessionStorage, {kept})")
+    browser.open(file, 1280)
+    browser.call("Page.removeScriptToEvaluateOnNewDocument", identifier=again["identifier"])
+    assert browser.run(left) == before
+    assert (before[2], before[1].count(False)) == ("n", 1)
+
+
 def test_hover_theme_and_exports(browser: Browser, folders: list[Path], tmp_path: Path) -> None:
     browser.events.clear()
     browser.open(page_of(folders, tmp_path / "page.html"), 1280)
@@ -165,5 +195,8 @@ def test_hover_theme_and_exports(browser: Browser, folders: list[Path], tmp_path
     assert [float(row[header.index("WER, %")]) for row in rows] == pytest.approx([100 * s["wer"] for s in summaries])
     assert (browser.downloads / "runs.tex").read_text().startswith("\\begin{tabular}")
     assert (browser.downloads / "layer_clipped.png").read_bytes().startswith(b"\x89PNG")
-    assert "private-with-a-rather-long-name" in (browser.downloads / "curves.svg").read_text()
+    saved = (browser.downloads / "curves.svg").read_text()
+    assert "private-with-a-rather-long-name" in saved
+    for claim in ("not private, private, nominal, extrapolated", "seeded simulation: epsilon is nominal"):
+        assert claim in saved
     assert browser.faults() == []
