@@ -259,7 +259,7 @@ class Collector:
                 weight = 1.0 if self.spec.private else contribution.weight
                 bits = unpack_bits(contribution.clip_bits, self.spec.clip_bits)
                 update, finite = self._open(contribution)
-                self.fold.add(update, weight, within=self._fits and weight == 1.0)
+                self.fold.add(update, weight, within=self.guard is not None and self._fits and weight == 1.0)
                 self.clip_bits += bits
                 tally = tally | {"weight": weight}
                 if not finite:

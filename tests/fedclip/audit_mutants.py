@@ -194,11 +194,11 @@ class OneInTenThousand(Collector):
 
     taken = 0
 
-    def _open(self, payload):
+    def _open(self, contribution):
         type(self).taken += 1
         if type(self).taken % 10_000:
-            return super()._open(payload)
-        return Dense(torch.nan_to_num(self.wire.decode(payload).vector, 0.0, 0.0, 0.0)), True
+            return super()._open(contribution)
+        return Dense(torch.nan_to_num(self.wire.decode(contribution.payload).vector, 0.0, 0.0, 0.0)), True
 
 
 class NoGuard(Collector):
