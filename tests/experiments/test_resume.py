@@ -99,7 +99,7 @@ def test_sigterm_ends_in_order_and_says_how_to_go_on(vision: Path, tmp_path: Pat
     process = start(*quick(vision, out, "--rounds", "100000"))
     wait_for_rounds(out, 2)
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=240)
     assert process.returncode == 130, output
     assert f"to go on: fedclip run --resume {out}" in output
     assert json.loads((out / "summary.json").read_text())["status"] == "interrupted"
