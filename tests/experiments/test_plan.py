@@ -110,7 +110,7 @@ def test_the_large_model_is_planned_without_its_weights(tmp_path: Path) -> None:
     assert found["memory"]["worker"]["count"] == 8
     assert found["memory"]["server"]["kept"]["moments of the server"] == 8 * d
     assert found["memory_bytes_total"] == sum(p["count"] * (p["peak_bytes"] + found["start_up_bytes"]) for p in found["memory"].values())
-    assert peak_memory() < max(peak, now + 2 * d)  # nothing of the model's size was allocated
+    assert peak_memory() <= max(peak, now + 2 * d)  # nothing of the model's size was allocated
 
 
 def test_what_is_printed_says_what_it_assumes(vision: Path) -> None:
