@@ -21,9 +21,10 @@ from fedclip.storage import Storage, replace
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # names of files, too
 LARGEST = 2**63  # ids are signed 64-bit integers wherever they travel
-HEADER = (
-    "# Who takes part. `fedclip keys` writes this file anew, without other comments. Ids are given once: change no `first` or `users`.\n\n"
-)
+HEADER = """# Who takes part, kept by `fedclip keys`, which leaves no other comments here. Ids are given once, for ever:
+# change no `first` or `users`, and take no node away, but revoke it.
+
+"""
 
 
 @dataclass(frozen=True)
