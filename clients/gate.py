@@ -164,10 +164,10 @@ class Gate:
         return {name: min(1.0, max(0.0, rate)) for name, rate in self._open(reply, asked, _Rates)[0].rates.items()}
 
     def _open(self, reply: Message, asked: Asked, kind: type[Said]) -> tuple[Said, Mapping[str, bytes]]:
-        if reply.metadata.src_node_id != asked.node:
-            raise Rejected("unknown node", f"node {reply.metadata.src_node_id} in the place of {asked.name}")
         if reply.has_error():
             raise Rejected("failed", (reply.error.reason or "no reason given").strip().splitlines()[-1][:MOST_CHARACTERS])
+        if reply.metadata.src_node_id != asked.node:
+            raise Rejected("unknown node", f"node {reply.metadata.src_node_id} in the place of {asked.name}")
         try:
             text, signature, payloads = read_device_reply(reply.content)
             if len(text) > LARGEST_SAID:

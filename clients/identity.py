@@ -10,6 +10,7 @@ from importlib.metadata import version
 from typing import Any
 
 from flwr.app import Message, RecordDict
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 try:
@@ -83,6 +84,11 @@ def pull_at_most(grid: Grid, message_id: str, limit: int) -> list[Message]:
         return list(grid.pull_messages([message_id]))
     finally:
         del client.PullObject  # the method of its class is there again
+
+
+def is_unreached(reply: Message) -> bool:
+    """Return whether a reply is the SuperLink's own word that the node is not there, or has lost the message: it may be sent again."""
+    return reply.has_error() and reply.error.code in (ErrorCode.NODE_UNAVAILABLE, ErrorCode.MESSAGE_UNAVAILABLE)
 
 
 def number(message: Message, message_id: str) -> None:
