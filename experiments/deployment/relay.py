@@ -6,6 +6,7 @@ from types import TracebackType
 from typing import Self
 
 CHUNK = 1 << 16
+SECONDS_BETWEEN_TRIES = 0.2
 
 
 class Relay:
@@ -54,11 +55,12 @@ class Relay:
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
-        try:
-            far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._target)
-        except OSError:  # the SuperLink is down: the node tries again
-            writer.close()
-            return
+        while True:
+            try:
+                far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._target)
+                break
+            except OSError:  # hung up on, a SuperNode would take it for a broken TLS and end, where without a relay it would try again
+                await asyncio.sleep(SECONDS_BETWEEN_TRIES)
         await asyncio.gather(self._pass(reader, far_writer, "up"), self._pass(far_reader, writer, "down"))
 
     async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, way: str) -> None:
