@@ -1,6 +1,7 @@
 """The loop of a run: rounds, evaluation, records, checkpoints, and an orderly end whatever happens."""
 
 import dataclasses
+import shlex
 import time
 import traceback
 from collections.abc import Callable
@@ -197,9 +198,20 @@ def run_rounds(prepared: Prepared, engine: Engine, path: Path, reporter: Reporte
         status = "failed"
         progress.errors.insert(0, f"the end of the run could not be written: {error}")
         summary["status"] = status
+    page = _leave_page(path) if engine.state.round else ""
     run.folder.close()
-    reporter.end(summary, path, progress.errors, engine.command if status in ("interrupted", "failed") else None)
+    reporter.end(summary, path, progress.errors, engine.command if status in ("interrupted", "failed") else None, page)
     return {"done": DONE, "budget spent": DONE, "interrupted": INTERRUPTED}.get(status, CHECK_FAILED)
+
+
+def _leave_page(path: Path) -> str:
+    """Make the run's `report.html` and return what there is to say of it; a page that cannot be made fails no run."""
+    try:
+        from experiments.report.command import write_page  # not in a Flower bundle, which takes no HTML
+
+        return f"report: {write_page(path)}"
+    except Exception as error:  # noqa: BLE001  the run is done, and its page can be made at any time
+        return f"report.html was not made ({type(error).__name__}: {error}); fedclip report {shlex.quote(str(path))} makes it"
 
 
 def _is_due(round: int, experiment: Experiment) -> bool:
