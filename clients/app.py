@@ -2,10 +2,10 @@
 
 from functools import lru_cache
 
-from flwr.app import Context, Message
+from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from clients import messages
+from clients import device, messages
 from clients.states import states_at
 from fedclip.client import Client, Site, evaluate_units, train_blocks
 from fedclip.codec import DenseCodec
@@ -17,18 +17,21 @@ app = ClientApp()
 
 
 @lru_cache(maxsize=1)
-def resident(task: str, device: str) -> Site:
+def resident(task: str, where: str) -> Site:
     """Return this process's task and model, built at the first message: Flower gives an app no place of its own to keep them."""
-    if device == "cpu":
+    if where == "cpu":
         settle_process()
     built = TaskRecipe.from_json(task).build()
-    return Site(built, Replica.of(built, device))
+    return Site(built, Replica.of(built, where))
 
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Train the users of a request one after another; reply with their exact sum, or with each encoded update."""
     request = messages.read_train_request(message.content)
+    if request.errand is not None:
+        settle_process()
+        return Message(device.train(request, context.node_config), reply_to=message)
     site = resident(request.task, request.device)
     states = states_at(request.states)
     if request.reply == "sums":
@@ -39,10 +42,19 @@ def train(message: Message, context: Context) -> Message:
     return Message(messages.updates_reply(done), reply_to=message)
 
 
+@app.query()
+def name(message: Message, context: Context) -> Message:
+    """Say what this node calls itself, to a server that takes nodes at their word."""
+    return Message(RecordDict({"reply": ConfigRecord({"name": str(context.node_config.get("name", ""))})}), reply_to=message)
+
+
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     """Evaluate the model of a request on its held-out units."""
     request = messages.read_evaluate_request(message.content)
+    if request.errand is not None:
+        settle_process()
+        return Message(device.evaluate(request, context.node_config), reply_to=message)
     site = resident(request.task, request.device)
     params = DenseCodec().decode(request.params, site.replica.layout).vector
     return Message(messages.evaluate_reply(evaluate_units(site, params, request.units)), reply_to=message)

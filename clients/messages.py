@@ -3,11 +3,14 @@
 A training request holds the round's specification (JSON of plain data), the task's recipe, the blocks of users, and the encoded model as
 an `Array` of bytes. A reply holds either the exact sum over the users (an int64 `Array`) or each user's encoded update, and what was
 measured. Nothing is unpickled.
+
+A message to a real device says beside that what its reply must name (`Errand`); the reply is one signed text, and the encoded updates
+that the text has the hashes of.
 """
 
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -25,12 +28,47 @@ BYTES_TYPE = "fedclip.bytes"
 """The `stype` of an `Array` whose data are a codec's payload."""
 
 
+@dataclass(frozen=True)
+class Errand:
+    """What a message tells a real device beside the work.
+
+    Attributes:
+        run: the name of the run.
+        round: the round.
+        attempt: how many releases the round had before.
+        nonce: names this message; the reply must too, and is taken once.
+        first: the id of the node's first user.
+        taken: of the node's users, the round and the attempt of the last update that was taken.
+        private: whether what comes of it is released with noise.
+        diagnostics: whether the node is to say what it measured.
+    """
+
+    run: str
+    round: int
+    attempt: int
+    nonce: str
+    first: int
+    taken: Mapping[int, tuple[int, int]]
+    private: bool
+    diagnostics: bool
+
+    def to_json(self) -> str:
+        """Return the errand as text."""
+        return json.dumps(asdict(self) | {"taken": [[user, *last] for user, last in self.taken.items()]})
+
+    @classmethod
+    def from_json(cls, text: str) -> "Errand":
+        """Return the errand that `to_json` wrote."""
+        values = json.loads(text)
+        return cls(**values | {"taken": {user: (round, attempt) for user, round, attempt in values["taken"]}})
+
+
 @dataclass(frozen=True, eq=False)
 class TrainRequest:
     """Train the users of some blocks.
 
     `reply` is `"sums"` or `"updates"`; `task` is a recipe as JSON; `states` is where the users' states are in a simulation
-    (`clients.states`), empty where the chain has none.
+    (`clients.states`), empty where the chain has none. `errand` is there for a real device.
     """
 
     spec: RoundSpec
@@ -39,16 +77,18 @@ class TrainRequest:
     device: str
     reply: str
     states: str
+    errand: Errand | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class EvaluateRequest:
-    """Evaluate an encoded model on some held-out units."""
+    """Evaluate an encoded model on some held-out units; a real device, to which an errand is said, on all its own."""
 
     params: bytes
     units: tuple[int, ...]
     task: str
     device: str
+    errand: Errand | None = None
 
 
 def model_record(params: bytes, control: bytes = b"") -> ArrayRecord:
@@ -63,11 +103,19 @@ def model_bytes(arrays: ArrayRecord) -> bytes:
 
 
 def train_request(
-    plan: RoundSpec, blocks: Sequence[Block], task: str, device: str, reply: str, model: ArrayRecord, states: str = ""
+    plan: RoundSpec,
+    blocks: Sequence[Block],
+    task: str,
+    device: str,
+    reply: str,
+    model: ArrayRecord,
+    states: str = "",
+    errand: Errand | None = None,
 ) -> RecordDict:
     """Return the content of a training request."""
     config = ConfigRecord({"spec": json.dumps(plan.shared()), "task": task, "device": device, "reply": reply, "states": states})
     config.update(_pack_blocks(blocks))
+    config.update(_pack_errand(errand))
     return RecordDict({"request": config, "model": model})
 
 
@@ -78,7 +126,7 @@ def read_train_request(content: RecordDict) -> TrainRequest:
     control = _payload(vectors, "control") if "control" in vectors else b""
     spec = RoundSpec.from_shared(json.loads(_text(config, "spec")), model_bytes(vectors), control)
     task, device, reply, states = (_text(config, key) for key in ("task", "device", "reply", "states"))
-    return TrainRequest(spec, _unpack_blocks(config), task, device, reply, states)
+    return TrainRequest(spec, _unpack_blocks(config), task, device, reply, states, _unpack_errand(config))
 
 
 def sums_reply(partial: Partial) -> RecordDict:
@@ -124,16 +172,38 @@ def read_updates_reply(content: RecordDict) -> list[tuple[int, Contribution]]:
     return contributions
 
 
-def evaluate_request(units: Sequence[int], task: str, device: str, model: ArrayRecord) -> RecordDict:
+def device_reply(said: Mapping[str, Any], payloads: Mapping[int, bytes], sign: Callable[[bytes], bytes]) -> RecordDict:
+    """Return the content of a real device's reply: what it says, signed, and the encoded updates of its users."""
+    text = json.dumps(said)
+    arrays = ArrayRecord({str(user): _bytes_array(payload) for user, payload in payloads.items()})
+    return RecordDict({"updates": arrays, "reply": ConfigRecord({"said": text, "signature": sign(text.encode())})})
+
+
+def read_device_reply(content: RecordDict) -> tuple[str, bytes, dict[str, bytes]]:
+    """Return what a real device's reply says as text, its signature, and the payloads by the text of their user's id.
+
+    Raises:
+        KeyError, ValueError: it is no such reply.
+    """
+    config, arrays = content.config_records["reply"], content.array_records["updates"]
+    signature = config["signature"]
+    if not isinstance(signature, bytes):
+        raise ValueError(f"Expected bytes as the signature, got {type(signature).__name__}.")
+    return _text(config, "said"), signature, {key: _payload(arrays, key) for key in arrays}
+
+
+def evaluate_request(units: Sequence[int], task: str, device: str, model: ArrayRecord, errand: Errand | None = None) -> RecordDict:
     """Return the content of an evaluation request."""
-    return RecordDict({"request": ConfigRecord({"units": list(units), "task": task, "device": device}), "model": model})
+    config = ConfigRecord({"units": list(units), "task": task, "device": device, **_pack_errand(errand)})
+    return RecordDict({"request": config, "model": model})
 
 
 def read_evaluate_request(content: RecordDict) -> EvaluateRequest:
     """Return the evaluation request of a message's content."""
     config = content.config_records["request"]
     units = tuple(_integers(config, "units"))
-    return EvaluateRequest(model_bytes(content.array_records["model"]), units, _text(config, "task"), _text(config, "device"))
+    task, device = _text(config, "task"), _text(config, "device")
+    return EvaluateRequest(model_bytes(content.array_records["model"]), units, task, device, _unpack_errand(config))
 
 
 def evaluate_reply(counts: Sequence[tuple[int, Counts]]) -> RecordDict:
@@ -158,6 +228,14 @@ def _unpack_blocks(config: ConfigRecord) -> tuple[Block, ...]:
     users = iter(_integers(config, "users"))
     sizes = zip(_integers(config, "block_numbers"), _integers(config, "block_sizes"), strict=True)
     return tuple((number, tuple(next(users) for _ in range(size))) for number, size in sizes)
+
+
+def _pack_errand(errand: Errand | None) -> dict[str, str]:
+    return {} if errand is None else {"errand": errand.to_json()}
+
+
+def _unpack_errand(config: ConfigRecord) -> Errand | None:
+    return Errand.from_json(_text(config, "errand")) if "errand" in config else None
 
 
 def _bytes_array(payload: bytes) -> Array:

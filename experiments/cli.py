@@ -3,14 +3,16 @@
 import json
 import os
 import sys
-from collections.abc import Callable
 from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, NoReturn, TypeVar, cast
+from typing import Annotated, cast
 
 import typer
 
+from experiments.exits import guarded as _guarded
+from experiments.exits import refuse as _refuse
+from experiments.keys import keys
 from experiments.prepare import check_free, read_experiment, read_run
 from experiments.trackers import check_trackers
 from fedclip.config import Experiment
@@ -19,8 +21,7 @@ from fedclip.options import ConfigError
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 bench = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", help="Measure what a run costs: `bench engine`, `bench wire`.")
 app.add_typer(bench, name="bench")
-
-T = TypeVar("T")
+app.add_typer(keys, name="keys")
 
 ExperimentFile = Annotated[Path, typer.Argument(metavar="EXPERIMENT.toml", help="the experiment file", show_default=False)]
 ExperimentOrRun = Annotated[Path | None, typer.Argument(metavar="EXPERIMENT.toml", help="the experiment file", show_default=False)]
@@ -469,21 +470,6 @@ def _said(**run_options: object) -> list[str]:
 def run_folder(experiment: Experiment, suffix: str = "") -> Path:
     """Return the run folder that an experiment asks for, or a new name under `runs`."""
     return experiment.run.out or Path("runs") / f"{experiment.run.name}{suffix}-{datetime.now():%Y%m%d-%H%M%S}"
-
-
-def _guarded(call: Callable[[], T]) -> T:
-    try:
-        return call()
-    except ConfigError as error:
-        _refuse(str(error))
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
-
-
-def _refuse(message: str) -> NoReturn:
-    for line in message.splitlines():
-        print(f"fedclip: {line}", file=sys.stderr)
-    raise typer.Exit(2)
 
 
 def _toml(value: object) -> str:

@@ -167,6 +167,8 @@ def open_engine(prepared: Prepared, folder: Path | None = None) -> Iterator[Engi
     The ledger and the users' states are in the run folder; without one they are in memory, and Ray refuses chains with states.
     """
     experiment = prepared.experiment
+    if experiment.deployment is not None:
+        raise ConfigError("deployment: this experiment is for real devices, which Flower starts: flwr run . SUPERLINK (docs/devices.md).")
     account, states = account_of(prepared, folder), folder / STATES if folder is not None else None
     if experiment.run.engine == "process":
         from fedclip.simulation import InProcess

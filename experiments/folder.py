@@ -31,9 +31,28 @@ LEDGER, CHECKPOINTS, STATES = "ledger.jsonl", "checkpoints", "states"
 METRICS, SPEAKERS = "metrics.jsonl", "speakers.jsonl"
 
 STAMP = "seeded simulation: epsilon is nominal; diagnostics of its cohorts are not private"
-"""What every report of a run under noise says."""
+"""What every report of a simulation under noise says."""
 
 PACKAGES = ("fedclip", "flwr", "ray", "torch", "torchaudio", "numpy", "dp-accounting", "jiwer", "soundfile")
+
+
+def stamp_of(experiment: Experiment) -> str:
+    """Return what every report of a run says of how far its privacy and its security can be relied on; empty: nothing."""
+    noise, options = experiment.privacy.noise_multiplier is not None, experiment.deployment
+    if options is None:
+        return STAMP if noise else ""
+    said = {
+        "seeded: epsilon is nominal": noise and options.seeded,
+        "diagnostics of its cohorts are not private": noise and options.diagnostics,
+        "insecure: nodes were taken at their word, over connections that anybody can read": options.insecure,
+    }
+    return "; ".join(text for text, is_said in said.items() if is_said)
+
+
+def withholds(experiment: Experiment) -> bool:
+    """Return whether nothing of cohorts is shown: of real devices under noise, where diagnostics were not asked for."""
+    options = experiment.deployment
+    return options is not None and not options.diagnostics and experiment.privacy.noise_multiplier is not None
 
 
 class RunFolder:
@@ -46,6 +65,7 @@ class RunFolder:
         resume: go on with the run that is there, which is only locked until `start`; otherwise the folder is made anew, and one that
             holds a run is refused.
         storage: the disk.
+        name: of the run in its random streams, where it does not follow from the experiment.
 
     Raises:
         ConfigError: the folder holds a run already, or none to go on with; another process has it; it cannot be written; or a tracker
@@ -53,7 +73,14 @@ class RunFolder:
     """
 
     def __init__(
-        self, path: Path, experiment: Experiment, command: str = "run", *, resume: bool = False, storage: Storage | None = None
+        self,
+        path: Path,
+        experiment: Experiment,
+        command: str = "run",
+        *,
+        resume: bool = False,
+        storage: Storage | None = None,
+        name: str | None = None,
     ) -> None:
         self.path, self._experiment, self._storage = path, experiment, storage or Storage()
         self._trackers = open_trackers(experiment.run.trackers, path, experiment.run.name)
@@ -65,7 +92,8 @@ class RunFolder:
             (path / CHECKPOINTS).mkdir(parents=True, exist_ok=resume)
             self._lock = lock(path)
             if not resume:
-                write_atomically(path / "environment.json", json.dumps(environment(experiment) | {"command": command}, indent=2) + "\n")
+                said = environment(experiment) | {"command": command} | ({"deployment": name} if name else {})
+                write_atomically(path / "environment.json", json.dumps(said, indent=2) + "\n")
                 self._storage.write(path / METRICS, [])
                 self.start()
         except OSError as error:
@@ -75,7 +103,7 @@ class RunFolder:
         """Write down what is run from here on; the end of an earlier part of the run is not the end any more."""
         write_atomically(self.path / "config.toml", tomli_w.dumps(self._experiment.plain()))
         (self.path / "summary.json").unlink(missing_ok=True)
-        self._trackers.begin(self._experiment.plain(), STAMP if self._noise else "")
+        self._trackers.begin(self._experiment.plain(), stamp_of(self._experiment))
 
     def record(self, row: dict[str, Any]) -> int:
         """Append a round to `metrics.jsonl` and to the trackers; return the size of the file, which is durable by then."""
@@ -157,6 +185,13 @@ def write_atomically(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
+
+
+def append_line(path: Path, values: dict[str, Any]) -> None:
+    """Add a line of JSON to a file of a run, as soon as it has a folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(to_json(values) + "\n")
 
 
 def environment(experiment: Experiment) -> dict[str, Any]:

@@ -104,7 +104,7 @@ class Reporter:
         """Say how the run ended, where its folder is, what became of its page, and how to go on with it where something is left to do."""
         if self._live is not None:
             self._live.stop()
-        failed = summary["failed_users_total"]
+        failed = summary.get("failed_users_total")
         if failed:
             self._console.print(f"{failed} of {failed + summary['users_total']} users failed, each counted as zero:", highlight=False)
         for error in errors:
@@ -134,9 +134,10 @@ class Reporter:
             if key in row:
                 self._error = f"{name} {100 * row[key]:.1f}%"
         left = seconds / row["round"] * (self._rounds - row["round"])
-        loss = "-" if row["train_loss"] is None else f"{row['train_loss']:.3f}"
-        up, down = size(row["uplink_bytes"]), size(row["downlink_bytes"])
-        return f"{row['round']}/{self._rounds}", loss, self._error or "-", up, down, f"{row['users_per_second']:.1f}", clock(left)
+        loss = "-" if row.get("train_loss") is None else f"{row['train_loss']:.3f}"
+        up, down = (size(row[name]) if name in row else "-" for name in ("uplink_bytes", "downlink_bytes"))  # of devices some is withheld
+        rate = f"{row['users_per_second']:.1f}" if "users_per_second" in row else "-"
+        return f"{row['round']}/{self._rounds}", loss, self._error or "-", up, down, rate, clock(left)
 
     def _shown(self) -> Group:
         """Return the table of the rounds, and under it that of the workers that were heard of last."""

@@ -31,6 +31,10 @@ MAY_CHANGE = (
     "task.model.adapters.base",
     "evaluation.",
     "ray.",
+    "deployment.roster",
+    "deployment.deadline_seconds",
+    "deployment.least_users",
+    "deployment.users_per_message",
 )
 """Keys, or beginnings of keys, that a run may change when it is gone on with: they leave its parameters as they are."""
 
@@ -153,7 +157,6 @@ def prepare(experiment: Experiment, *, resume: bool = False, weights: bool = Tru
     """
     from experiments.live import indexing
     from fedclip.process import resident_memory, settle_process, trim_memory
-    from fedclip.tasks.build import TaskRecipe
 
     settle_process()
     startup = resident_memory()
@@ -161,13 +164,14 @@ def prepare(experiment: Experiment, *, resume: bool = False, weights: bool = Tru
         check_device(experiment)
     experiment, size = _with_weights(experiment), experiment.population.size
     with indexing() as watch:
-        task = TaskRecipe.of(experiment).build(watch)
+        task = _recipe_of(experiment).build(watch)
     layout = _layout_of(task, experiment, weights)
     experiment, initial = (experiment, None) if resume else _with_initial(experiment, layout)
     if size is None:
-        cohort = min(experiment.sampler.cohort, float(task.users))
+        everybody = task.users if experiment.deployment is None else _enrolled(experiment.deployment.roster)
+        cohort = min(experiment.sampler.cohort, float(everybody))
         sampler = experiment.sampler.model_copy(update={"cohort": cohort})
-        population = experiment.population.model_copy(update={"size": task.users})
+        population = experiment.population.model_copy(update={"size": everybody})
         experiment = experiment.model_copy(update={"population": population, "sampler": sampler})
     users = population_of(experiment, task)
     try:
@@ -179,8 +183,22 @@ def prepare(experiment: Experiment, *, resume: bool = False, weights: bool = Tru
     except ValueError as error:
         raise ConfigError(f"strategy: {error}") from error
     trim_memory()
-    recipe = replace(TaskRecipe.of(experiment), index=getattr(task, "index", ""))
+    recipe = replace(_recipe_of(experiment), index=getattr(task, "index", ""))
     return Prepared(experiment, recipe, task, method, initial, startup)
+
+
+def _enrolled(roster: Path) -> int:
+    from clients.roster import Roster
+
+    return Roster.read(roster).users
+
+
+def _recipe_of(experiment: Experiment) -> "TaskRecipe":
+    """Return how the task is built here; in a deployment on the data that are here, which are not those of the users."""
+    from fedclip.tasks.build import TaskRecipe
+
+    recipe = TaskRecipe.of(experiment)
+    return recipe if experiment.deployment is None else replace(recipe, population=None)
 
 
 def check_device(experiment: Experiment) -> None:
@@ -196,12 +214,14 @@ def check_device(experiment: Experiment) -> None:
 
 
 def population_of(experiment: Experiment, task: "Task") -> int:
-    """Return how many users take part: `population.size`, or all that the data has.
+    """Return how many users take part: `population.size`, or all that the data has. The users of real devices have data of their own.
 
     Raises:
         ConfigError: the data has fewer.
     """
     size = experiment.population.size
+    if experiment.deployment is not None:
+        return size or 0
     if size is not None and size > task.users:
         raise ConfigError(
             f"population.size: expected at most {task.users}, the users that the data has, got {size}; leave it out to take them all."

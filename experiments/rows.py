@@ -18,8 +18,14 @@ def times_of(tally: Tally, seconds: float, workers: int) -> dict[str, float]:
     return of_stages | {"trainer_busy": of_stages["train_seconds"] / (seconds * workers)}
 
 
-def row_of(tally: Tally, round: int, attempt: int, seconds: float) -> dict[str, Any]:
-    """Return the line of `metrics.jsonl` for a round: sums become means over the users who gave an update."""
+def row_of(tally: Tally, round: int, attempt: int, seconds: float, *, public: bool = False) -> dict[str, Any]:
+    """Return the line of `metrics.jsonl` for a round: sums become means over the users who gave an update.
+
+    `public` leaves out all that is not private: what is left was released, or follows from it.
+    """
+    if public:
+        released = {name.removeprefix("server."): value for name, value in tally.items() if name.startswith("server.")}
+        return {"round": round, "attempt": attempt, "round_seconds": seconds} | released
     users, losses = number(tally, "users"), number(tally, "losses")
     row: dict[str, Any] = {
         "round": round,
@@ -38,7 +44,7 @@ def row_of(tally: Tally, round: int, attempt: int, seconds: float) -> dict[str, 
             row[measured] = [v / users for v in value] if isinstance(value, list) else value / users
         elif stage == "server":
             row[measured] = value
-    for name in ("not_finite", "users_without_data", "examples_left_out", *FAULTS):
+    for name in ("not_finite", "users_without_data", "examples_left_out", "unanswered_users", *FAULTS):
         if number(tally, name):
             row[name] = int(number(tally, name))
     return row

@@ -12,7 +12,7 @@ from typing import Any
 from experiments.behind import Behind
 from experiments.curves import draw_curves
 from experiments.engines import Engine
-from experiments.folder import CHECKPOINTS, STAMP, STATES, RunFolder, read_metrics
+from experiments.folder import CHECKPOINTS, STATES, RunFolder, read_metrics, stamp_of, withholds
 from experiments.live import Reporter
 from experiments.prepare import Prepared
 from experiments.progress import Progress
@@ -49,13 +49,15 @@ class Run:
 
     def __init__(self, prepared: Prepared, engine: Engine, path: Path, *, resume: bool = False, storage: Storage | None = None) -> None:
         self.prepared, self.engine, self.path, self._storage = prepared, engine, path, storage or Storage()
-        self.folder = RunFolder(path, prepared.experiment, engine.command, resume=resume, storage=self._storage)
+        name = getattr(engine, "run", None)  # of a deployment it is drawn once
+        self.folder = RunFolder(path, prepared.experiment, engine.command, resume=resume, storage=self._storage, name=name)
         self.progress = Progress()
         self._pending: Released | None = None
-        self._checkpoints = Checkpoints(path / CHECKPOINTS, run_digest(prepared.experiment), self._storage)
+        self._withholds = withholds(prepared.experiment)
+        self._checkpoints = Checkpoints(path / CHECKPOINTS, name or run_digest(prepared.experiment), self._storage)
         self._start = time.perf_counter()
-        # A round's checkpoint is written while the next one trains, and is durable before anything of that one is. Not where the next one
-        # changes in place what is written, nor where users' states are kept for so many checkpoints.
+        # A round's checkpoint is written while the next one trains, and is durable before anything of that one is. Not of central training,
+        # which changes in place what is written, nor where users or their devices keep states that go by what is durable here.
         self._behind, self._beside = Behind(), engine.command == "run" and not prepared.method.stateful
         engine.keep = self._keep
         if engine.account is not None:
@@ -123,6 +125,8 @@ class Run:
         StatesInFolder(self.path / STATES, self._storage).roll_back(point.state.round if self._pending is None else next_round)
         self.folder.start()
         engine.restore(point.state)
+        if "remembered" in point.notes:
+            engine.remembered = point.notes["remembered"]  # type: ignore[attr-defined]
 
     def _round(self) -> dict[str, Any]:
         start, engine = time.perf_counter(), self.engine
@@ -131,18 +135,18 @@ class Run:
         replayed, outcome = self._pending is not None, engine.round() if self._pending is None else engine.replay(self._pending)
         self._pending = None
         seconds = time.perf_counter() - start
-        row = row_of(outcome.tally, outcome.state.round, outcome.attempt, seconds)
-        if not replayed:  # the times of the users are of another round then
+        row = row_of(outcome.tally, outcome.state.round, outcome.attempt, seconds, public=self._withholds)
+        if not (replayed or self._withholds):  # the times of the users are of another round then
             row |= times_of(outcome.tally, seconds, engine.workers)
         if engine.account is not None:
             row |= {"epsilon": engine.account.spent().epsilon, "delta": engine.account.delta}
         self.progress.add(outcome)
         try:
             if _is_due(row["round"], self.prepared.experiment):
-                counts = engine.evaluate_units()
-                measured = self.prepared.task.summarise(counts, 0)
-                self.folder.save_speakers(speaker_rows(counts))
+                measured = self._evaluated()
                 row |= measured | {"evaluated_round": row["round"]}
+                if engine.account is not None:  # which the evaluation may have charged
+                    row |= {"epsilon": engine.account.spent().epsilon}
                 self.folder.save_model(engine.state.params, engine.layout, engine.state.round)
                 if self.progress.judge(measured, row["round"]):
                     self.folder.save_model(engine.state.params, engine.layout, engine.state.round, "best")
@@ -152,9 +156,20 @@ class Run:
             self.folder.beat(row["round"], "running", self.seconds)
         return row
 
+    def _evaluated(self) -> dict[str, float]:
+        """Return the metrics of the model, which real devices may measure themselves."""
+        measure: Callable[[], dict[str, float]] | None = getattr(self.engine, "measure", None)
+        if measure is not None:
+            return measure()
+        counts = self.engine.evaluate_units()
+        self.folder.save_speakers(speaker_rows(counts))
+        return self.prepared.task.summarise(counts, 0)
+
     def _save(self, metrics_bytes: int, beside: bool = False) -> None:
         account = self.engine.account
         notes = {"metrics_bytes": metrics_bytes, "progress": self.progress.plain() | {"seconds": self.seconds}}
+        if hasattr(self.engine, "remembered"):
+            notes["remembered"] = self.engine.remembered
         point = Checkpoint(self.engine.state, len(account.charges) if account else 0, account.head if account else "", notes)
         keep = [self.progress.best["round"]] if self.progress.best else []
         if beside:
@@ -211,7 +226,7 @@ def run_rounds(prepared: Prepared, engine: Engine, path: Path, reporter: Reporte
     try:
         if engine.state.round:
             run.folder.save_model(engine.state.params, engine.layout, engine.state.round)
-            draw_curves(read_metrics(path), path / "curves.png", path.name, stamp=STAMP if prepared.method.private else "")
+            draw_curves(read_metrics(path), path / "curves.png", path.name, stamp=stamp_of(prepared.experiment))
         run.folder.beat(engine.state.round, status, run.seconds)
         run.folder.finish(summary)
     except OSError as error:
@@ -266,14 +281,17 @@ def _summary(run: Run, status: str) -> dict[str, Any]:
         "startup_memory_bytes": run.prepared.startup_memory,
         "peak_memory_bytes": peak_memory(),
         "population": experiment.population.size,
-        "users_total": int(progress.users),
-        "failed_users_total": int(progress.failed),
-        "uplink_bytes_total": int(progress.uplink),
-        "downlink_bytes_total": int(progress.downlink),
     }
-    summary |= {f"{name}_total": count for name, count in progress.faults.items()}
-    if progress.users:
-        summary |= _traffic(run)
+    if not withholds(experiment):
+        summary |= {
+            "users_total": int(progress.users),
+            "failed_users_total": int(progress.failed),
+            "uplink_bytes_total": int(progress.uplink),
+            "downlink_bytes_total": int(progress.downlink),
+        }
+        summary |= {f"{name}_total": count for name, count in progress.faults.items()}
+        if progress.users:
+            summary |= _traffic(run)
     if note := getattr(run.prepared.task, "note", ""):
         summary["note"] = note
     if progress.best:
@@ -287,7 +305,8 @@ def _summary(run: Run, status: str) -> dict[str, Any]:
         extrapolated = engine.account.extrapolated()
         if extrapolated is not None:
             summary["extrapolated"] = extrapolated.plain()
-        summary["privacy"] = STAMP
+    if (stamp := stamp_of(experiment)) and (engine.account is not None or experiment.deployment is not None):
+        summary["privacy"] = stamp
     if status in ("failed", "too many users failed") and progress.errors:
         summary["error"] = progress.errors[0]
     return summary | {k: v for k, v in progress.metrics.items() if k not in ("round", "attempt")}

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from fedclip.accounting import Guarantee, affordable_rounds, guarantee
 from fedclip.sampling import Sampler
@@ -35,6 +36,7 @@ class Charge:
         bound: C, the bound on a user's update in that round.
         event: the privacy event, as the accountant prints it.
         previous: the hash of the line before, empty in the first.
+        of: what was released: the mean of the updates, or that of the users' own evaluations of a round's model.
 
     The line ends with the hash of all that, so that no line can be changed, the last one neither.
     """
@@ -48,15 +50,19 @@ class Charge:
     bound: float
     event: str
     previous: str
+    of: Literal["updates", "evaluation"] = "updates"
 
     @property
     def hash(self) -> str:
         """The hash of the line."""
-        return hashlib.blake2b(json.dumps(asdict(self), sort_keys=True).encode(), digest_size=16).hexdigest()
+        return hashlib.blake2b(json.dumps(self._said(), sort_keys=True).encode(), digest_size=16).hexdigest()
 
     def line(self) -> str:
         """Return the line without its end."""
-        return json.dumps(asdict(self) | {"this": self.hash}, sort_keys=True)
+        return json.dumps(self._said() | {"this": self.hash}, sort_keys=True)
+
+    def _said(self) -> dict[str, object]:
+        return {key: value for key, value in asdict(self).items() if (key, value) != ("of", "updates")}
 
 
 def read_ledger(path: Path, storage: Storage | None = None) -> list[Charge]:
@@ -142,7 +148,11 @@ class Account:
 
     def attempts(self, round: int) -> int:
         """Return how many attempts at a round were charged."""
-        return sum(charge.round == round for charge in self.charges)
+        return sum(charge.round == round and charge.of == "updates" for charge in self.charges)
+
+    def evaluations(self, round: int) -> int:
+        """Return how many releases of the users' own evaluations of a round's model were charged."""
+        return sum(charge.round == round and charge.of == "evaluation" for charge in self.charges)
 
     def verify(self, charges: int, head: str, round: int) -> None:
         """See whether the ledger goes on from a checkpoint.
@@ -184,7 +194,15 @@ class Account:
                 f"{len(self.charges)} were made."
             )
 
-    def charge(self, run: str, round: int, attempt: int, noise_multiplier: float, bound: float) -> None:
+    def charge(
+        self,
+        run: str,
+        round: int,
+        attempt: int,
+        noise_multiplier: float,
+        bound: float,
+        of: Literal["updates", "evaluation"] = "updates",
+    ) -> None:
         """Write down a release that is about to be made.
 
         Raises:
@@ -199,7 +217,7 @@ class Account:
         description = json.loads(json.dumps(describe_stage(self.sampler)))
         if self.before_line is not None:
             self.before_line()
-        charge = Charge(run, round, attempt, description, self.sampler.rate, noise_multiplier, bound, event, self.head)
+        charge = Charge(run, round, attempt, description, self.sampler.rate, noise_multiplier, bound, event, self.head, of)
         if self.path is not None:
             append(self._storage, self.path, (charge.line() + "\n").encode("ascii"))
         self.charges.append(charge)

@@ -113,6 +113,7 @@ class Checkpoints:
             "fractions": None if released.fractions is None else list(released.fractions),
             "tally": released.tally,
             "errors": list(released.errors),
+            "accepted": list(released.accepted),
         }
         write_sealed(self._storage, self._release(released.round, released.attempt), RELEASE, data, {"mean": released.mean})
 
@@ -127,7 +128,8 @@ class Checkpoints:
             return None
         data, tensors = self._open(path, RELEASE, {"round": round, "attempt": attempt})
         fractions = None if data["fractions"] is None else tuple(data["fractions"])
-        return Released(round, attempt, tensors["mean"], fractions, data["tally"], tuple(data["errors"]))
+        accepted = tuple(data.get("accepted", ()))
+        return Released(round, attempt, tensors["mean"], fractions, data["tally"], tuple(data["errors"]), accepted)
 
     def releases(self) -> list[tuple[int, int]]:
         """Return the rounds and attempts of what was released and is kept."""

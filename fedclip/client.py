@@ -249,9 +249,9 @@ class Collector:
         self.tallies: dict[int, Tally] = {}
         self.errors: list[str] = []
 
-    def take(self, block: int, contribution: Contribution) -> None:
-        """Add one user's contribution to the sum; what cannot be taken counts as a failed user and adds nothing."""
-        start = time.perf_counter()
+    def take(self, block: int, contribution: Contribution) -> Exception | None:
+        """Add one user's contribution to the sum; what cannot be taken counts as a failed user, adds nothing, and is returned."""
+        start, refused = time.perf_counter(), None
         tally, error = contribution.tally, contribution.error
         if contribution.payload is not None or contribution.update is not None:
             try:
@@ -265,12 +265,14 @@ class Collector:
                 if not finite:
                     tally["not_finite"] = 1.0
             except (WireError, ArithmeticError) as fault:
+                refused = fault
                 sent = float(len(contribution.payload or b"") + len(contribution.clip_bits))
                 tally = {"failed_users": 1.0, "uplink_bytes": sent if contribution.update is None else number(tally, "uplink_bytes")}
                 error = f"user {contribution.user}: {type(fault).__name__}: {fault}"
         if error is not None and len(self.errors) < MOST_SAID:
             self.errors.append(shortened(error))
         self.tallies[block] = add_up([self.tallies.get(block, {}), tally, {"fold_seconds": time.perf_counter() - start}])
+        return refused
 
     def _open(self, contribution: Contribution) -> tuple[Update, bool]:
         """Decode and guard."""

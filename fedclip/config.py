@@ -50,21 +50,27 @@ class SamplerOptions(Options):
     """How a cohort is drawn.
 
     `poisson`: each user independently with probability cohort / population; a cohort as large as the population is everybody.
-    `fixed_size`: always as many, which costs more privacy.
+    `fixed_size`: always as many, which costs more privacy. `available`: whoever of real devices is there, each by a coin of its own,
+    `cohort` being what the sum is divided by; no privacy is claimed of that.
     """
 
-    name: Literal["poisson", "fixed_size"] = "poisson"
+    name: Literal["poisson", "fixed_size", "available"] = "poisson"
     cohort: Annotated[float, Field(gt=0)]
     max_cohort: Annotated[int, Field(ge=1)] | None = None
     """`poisson` only: when more come, so many of them take part, drawn at random."""
     devices_per_user: Annotated[int, Field(ge=1)] = 1
     """`poisson` only: how many of the ids one person may hold; the guarantee is then for all of a person's ids together."""
 
+    over_selection: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.0
+    """`available` only: so many times the cohort are asked, at most all, since some do not answer."""
+
     @model_validator(mode="after")
     def _fits(self) -> Self:
+        if self.name != "available" and self.over_selection != 1:
+            raise ValueError(f"over_selection goes with the sampler available only, got {self.name}")
         if self.name == "fixed_size" and self.cohort != int(self.cohort):
             raise ValueError(f"expected a whole number for sampler.cohort with fixed_size, got {self.cohort}")
-        if self.name == "fixed_size" and (self.max_cohort is not None or self.devices_per_user > 1):
+        if self.name != "poisson" and (self.max_cohort is not None or self.devices_per_user > 1):
             raise ValueError("max_cohort and devices_per_user go with the sampler poisson only")
         return self
 
@@ -137,6 +143,9 @@ class EvaluationOptions(Options):
     """When the model is tried on held-out users: every so many rounds and after the last; 0: after the last only."""
 
     every: Annotated[int, Field(ge=0)] = 10
+    on: Literal["server", "devices"] = "server"
+    """`devices`: in a deployment, each on what it holds out of its own data. Under noise the mean of the users' rates is released with
+    noise, which counts as one more release of the account."""
 
 
 class CentralOptions(Options):
@@ -171,6 +180,27 @@ class RayOptions(Options):
     None: any time."""
     retries: Annotated[int, Field(ge=0)] = 2
     """So often a message whose worker was lost is done again, before the run ends with an error."""
+
+
+class DeploymentOptions(Options):
+    """Real devices in the place of a simulation: `flwr run` on a SuperLink, with a SuperNode each."""
+
+    roster: Path
+    """Who may take part: names, keys and users of the nodes; `fedclip keys enroll` writes it. Read again each round."""
+    deadline_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 600.0
+    """Whoever has not answered by then is left out of the round."""
+    least_users: Annotated[int, Field(ge=1)] = 1
+    """A round begins when users enough are there. Without noise it counts when as many have answered, else it is done again; under noise
+    it always counts, divided by the same cohort and with the same noise, since to leave it out would tell who was there."""
+    users_per_message: Annotated[int, Field(ge=1)] = 8
+    """Updates that a node sends together: what the server holds at a time."""
+    seeded: bool = False
+    """Take all randomness from `run.seed`, as a simulation does, so that it can be repeated: epsilon is nominal then, and says so."""
+    diagnostics: bool = False
+    """Let clients say what they measured, and show cohorts, losses and bytes under noise too: these are not private, and every report
+    says so."""
+    insecure: bool = False
+    """Take nodes at their word: no keys, no signatures, on a SuperLink without TLS. Every report says so."""
 
 
 class DoorOptions(Options):
@@ -210,6 +240,7 @@ class Experiment(Options):
     evaluation: EvaluationOptions = EvaluationOptions()
     central: CentralOptions = CentralOptions()
     ray: RayOptions = RayOptions()
+    deployment: DeploymentOptions | None = None
 
     def plain(self) -> dict[str, Any]:
         """Return the sections as plain values (strings, numbers, lists, tables), without what is None."""
@@ -282,10 +313,24 @@ def make_experiment(values: Mapping[str, Any]) -> Experiment:
     check_stage(codec_stage(experiment), "codec")
     for stage in experiment.downlink.stages:
         check_stage(stage, "downlink.stages")
+    _check_deployment(experiment)
     size = experiment.population.size
     if size is not None and experiment.sampler.cohort > size:
         raise ConfigError(f"sampler.cohort: expected at most population.size = {size}, got {experiment.sampler.cohort:g}.")
     return experiment
+
+
+def _check_deployment(experiment: Experiment) -> None:
+    if experiment.deployment is None:
+        if experiment.evaluation.on == "devices":
+            raise ConfigError("evaluation.on: 'devices' needs a section [deployment]; a simulation evaluates on held-out users.")
+        return
+    if experiment.sampler.name != "available":
+        raise ConfigError(
+            f"sampler.name: a deployment asks whoever is there, which is no '{experiment.sampler.name}' sampling; set it to 'available'."
+        )
+    if experiment.downlink.differences:
+        raise ConfigError("downlink.differences: devices are sent the whole model; leave it out, and keep the stages.")
 
 
 def codec_stage(experiment: Experiment) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from fedclip.layout import Layout
 from fedclip.local import LocalSGD
 from fedclip.optimizers import Optimizer
 from fedclip.release import Release
-from fedclip.sampling import FixedSize, Poisson, Sampler
+from fedclip.sampling import Available, FixedSize, Poisson, Sampler
 from fedclip.transform import PROBE, UNBOUNDED, Bound, Chain, State, has_content
 
 AVERAGE_WEIGHT = 0.5
@@ -178,8 +178,8 @@ class Method:
                 f"Under noise nothing after the last clip may enlarge an update, and {stage.name} can without limit; clip after it."
             )
         poisson = isinstance(self.sampler, Poisson) and self.sampler.max_cohort is None
-        everyone = isinstance(self.sampler, FixedSize) and self.sampler.rate == 1  # no amplification is claimed
-        if self.stateful and not (poisson or everyone):
+        unclaimed = isinstance(self.sampler, Available) or (isinstance(self.sampler, FixedSize) and self.sampler.rate == 1)
+        if self.stateful and not (poisson or unclaimed):
             raise ValueError(
                 f"{self.keeper} keeps a state for each user, and under noise that needs each user to come by a coin of its own; "
                 f"{self.sampler.name} sampling ties users to each other: use Poisson sampling without max_cohort."

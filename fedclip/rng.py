@@ -1,6 +1,7 @@
 """Counter-based random streams: one for each (secret, run, round, attempt, user, purpose), so that order never matters."""
 
 import hashlib
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-Purpose = Literal["cohort", "data", "batches", "training", "chain", "noise", "server", "downlink"]
+Purpose = Literal["cohort", "data", "batches", "training", "chain", "noise", "server", "downlink", "evaluation"]
 """What a stream is for. Two purposes never share a stream, whatever the rest of the key."""
 
 
@@ -18,7 +19,8 @@ class Streams:
     """The randomness of one attempt at one round of one run.
 
     Attributes:
-        secret: the master secret. In a simulation it comes from the seed, so that a run can be repeated.
+        secret: the master secret. In a simulation it comes from the seed, so that a run can be repeated. Empty: every stream is drawn from
+            the operating system's generator whenever it is asked for, is kept nowhere and comes but once: what real devices use.
         run: names the run: a digest of what is computed, never an engine's own run id (which changes at a restart).
         round: round number, from 1; 0 stands for what happens before the first round.
         attempt: how many releases this round already had.
@@ -30,7 +32,7 @@ class Streams:
     attempt: int = 0
 
     def generator(self, purpose: Purpose, user: int | None = None) -> np.random.Generator:
-        """Return a fresh generator at the beginning of its stream; the same key gives the same numbers."""
+        """Return a fresh generator at the beginning of its stream; with a secret the same key gives the same numbers."""
         return np.random.Generator(np.random.Philox(key=int.from_bytes(self._key(purpose, user), "big")))
 
     @contextmanager
@@ -52,5 +54,7 @@ class Streams:
                 generator.set_state(state)
 
     def _key(self, purpose: Purpose, user: int | None) -> bytes:
+        if not self.secret:
+            return secrets.token_bytes(16)
         parts = [self.secret, self.run, str(self.round), str(self.attempt), "" if user is None else str(user), purpose]
         return hashlib.blake2b("\x1f".join(parts).encode(), digest_size=16).digest()

@@ -23,6 +23,7 @@ from fedclip.fold import Fold, Grid
 from fedclip.layout import Layout
 from fedclip.method import AVERAGE_WEIGHT, Method, ServerState, noise_norms
 from fedclip.rng import Streams
+from fedclip.sampling import Available
 from fedclip.spec import Block, RoundSpec
 from fedclip.stages import describe_stage
 from fedclip.tally import MOST_SAID, Tally, add_up, number
@@ -62,6 +63,7 @@ class Released:
         fractions: of users within each adaptive bound, noised under noise; None where bounds stay, or without noise nobody came.
         tally: what was measured of users: not private.
         errors: what the first failed users said, at most `MOST_SAID` lines; the tally counts them all.
+        accepted: on real devices, the users whose updates are in it: what their devices keep of this attempt counts.
     """
 
     round: int
@@ -70,6 +72,7 @@ class Released:
     fractions: tuple[float, ...] | None
     tally: Tally
     errors: tuple[str, ...]
+    accepted: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,8 +88,18 @@ class Outcome:
     attempt: int = 0
 
 
-def begin(method: Method, state: ServerState, layout: Layout, secret: str, run: str, account: Account | None = None) -> Plan:
+def begin(
+    method: Method,
+    state: ServerState,
+    layout: Layout,
+    secret: str,
+    run: str,
+    account: Account | None = None,
+    present: Sequence[int] | None = None,
+) -> Plan:
     """Draw the cohort of the next round and say what its clients are to do.
+
+    `present`: those who are there, for a sampler that asks whoever is (`Available`); None: everybody is.
 
     Raises:
         BudgetSpent: the round's release would exceed the budget of the account; no cohort was drawn.
@@ -95,7 +108,8 @@ def begin(method: Method, state: ServerState, layout: Layout, secret: str, run: 
         account.check()
     attempt = state.attempt if account is None else account.attempts(state.round + 1)
     streams = Streams(secret, run, state.round + 1, attempt)
-    cohort = method.sampler.draw(streams.generator("cohort"))
+    coins = streams.generator("cohort")
+    cohort = method.sampler.draw(coins, present) if isinstance(method.sampler, Available) else method.sampler.draw(coins)
     now = method.for_round(state.thresholds, layout)
     download = method.downlink.send(state.params, state.sent, cohort, streams.round, layout, streams.generator("downlink"), method.codec)
     support = method.client.support(streams.round, layout, state.average) if state.average is not None else None

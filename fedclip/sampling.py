@@ -1,5 +1,6 @@
 """Who takes part in a round: cohorts drawn without enumerating the population, each sampler with the privacy event of its round."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, runtime_checkable
 
@@ -189,6 +190,54 @@ class FixedSize:
 
         replaced = GaussianDpEvent(noise_multiplier / 2)
         return replaced if self.cohort == self.population else SampledWithoutReplacementDpEvent(self.population, self.cohort, replaced)
+
+
+@dataclass(frozen=True)
+class Available:
+    """Whoever happens to be there, each asked with probability `cohort / population` at most: real devices.
+
+    Who is there depends on the hour, the network and the owner, and is no coin that privacy could rest on, so that nothing is claimed of
+    it: each round counts as a release on everybody (a Gaussian mechanism without sampling). Each one who is there is asked by a coin of
+    its own, which no other's presence moves: leaving one user out changes one update, by at most C.
+
+    Attributes:
+        population: users K, with ids 0 .. K - 1: those that there is room for.
+        cohort: the public number of users S that a sum is divided by, over 0 and at most K.
+        over_selection: so many times as many are asked, at most all, since some do not answer.
+    """
+
+    stage_name: ClassVar[str] = "available"
+    adjacency: ClassVar[Adjacency] = "add-or-remove-one"
+    unit: ClassVar[str] = "user"
+    name: ClassVar[str] = "whoever is there (no sampling claimed)"
+    rate: ClassVar[float] = 1.0
+    population: int
+    cohort: float
+    over_selection: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_population(self.population)
+        if not 0 < self.cohort <= self.population:
+            raise ValueError(f"Expected 0 < cohort <= population = {self.population}, got {self.cohort}.")
+        if not self.over_selection >= 1:
+            raise ValueError(f"Expected over_selection of at least 1, got {self.over_selection}.")
+
+    @property
+    def expected_cohort(self) -> float:
+        """The public number of users that a sum is divided by, S."""
+        return self.cohort
+
+    def draw(self, rng: np.random.Generator, present: Sequence[int] | None = None) -> tuple[int, ...]:
+        """Return the ids that are asked in a round, in ascending order, of those who are there; by default everybody is."""
+        there = np.arange(self.population) if present is None else np.sort(np.asarray(present, dtype=np.int64))
+        asked = min(1.0, self.over_selection * self.cohort / self.population)
+        return tuple(there[rng.random(len(there)) < asked].tolist())
+
+    def event(self, noise_multiplier: float) -> "DpEvent":
+        """Return the privacy event of one round for a sum with noise of `noise_multiplier` times the bound C on a user's update."""
+        from dp_accounting import GaussianDpEvent
+
+        return GaussianDpEvent(noise_multiplier)
 
 
 def _distinct(population: int, size: int, rng: np.random.Generator) -> tuple[int, ...]:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from fedclip.packed import PackedCodec
     from fedclip.quantize import Entropy, Fp16, Quantize, Sign
     from fedclip.release import Gaussian
-    from fedclip.sampling import FixedSize, Poisson
+    from fedclip.sampling import Available, FixedSize, Poisson
     from fedclip.sparsify import CommonMask, RandomK, TopK
     from fedclip.transform import ErrorFeedback
 
@@ -44,6 +44,7 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
+AtLeastOne = Annotated[float, Field(ge=1, allow_inf_nan=False)]
 Density = Annotated[float, Field(gt=0, le=1)]
 Seed = Annotated[int, Field(ge=0)]
 Rate = Positive | Schedule
@@ -209,6 +210,13 @@ def fixed_size(population: Count, cohort: Count) -> "FixedSize":
     return FixedSize(population, cohort)
 
 
+def available(population: Count, cohort: Positive, over_selection: AtLeastOne = 1.0) -> "Available":
+    """Ask whoever is there of `population` users; the sum is divided by `cohort`."""
+    from fedclip.sampling import Available
+
+    return Available(population, cohort, over_selection)
+
+
 def local_sgd(
     lr: Positive,
     steps: Count | None = None,
@@ -257,7 +265,7 @@ STAGES: Mapping[str, Callable[..., Any]] = {
     f.__name__: f
     for f in (
         *(clip_by_global_norm, clip_per_layer, with_error_feedback, dgc, top_k, random_k, common_mask, fp16, quantize, sign, entropy),
-        *(sgd, adam, lamb, lars, yogi, adagrad, poisson, fixed_size, local_sgd, gaussian, dense, packed),
+        *(sgd, adam, lamb, lars, yogi, adagrad, poisson, fixed_size, available, local_sgd, gaussian, dense, packed),
     )
 }
 """Every stage that ships, by name."""

@@ -6,7 +6,7 @@ Whatever a round that did not end has left behind is rolled back. There is no ev
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -144,19 +144,23 @@ class StatesInFolder:
         before = [path for r, _, path in self._versions(self._place(user)) if r < round]
         if not before:
             return template
-        data, tensors = read_sealed(self._storage, before[-1], KIND)
+        return self._read(before[-1], user, template)
+
+    def _read(self, path: Path, user: int, template: State) -> State:
+        data, tensors = read_sealed(self._storage, path, KIND)
         if data["user"] != user:
-            raise ValueError(f"{before[-1]} holds the state of user {data['user']}, expected that of user {user}; files were swapped.")
+            raise ValueError(f"{path} holds the state of user {data['user']}, expected that of user {user}; files were swapped.")
         return unpack_state(template, data["state"], tensors)
 
     def stage(self, user: int, round: int, attempt: int, state: State) -> None:
         """Keep what the user has after a round that is not over yet; the oldest of its states goes."""
-        place = self._place(user)
-        self._storage.make_folder(place)
-        versions = [v for v in self._versions(place) if v[0] < round]
+        versions = [v for v in self._versions(self._place(user)) if v[0] < round]
         for _, _, old in versions[: 1 - KEPT_VERSIONS]:
             self._storage.remove(old)
-        path = place / f"{round:08d}-{attempt}{END}"
+        self._write(self._path(user, round, attempt), user, state)
+
+    def _write(self, path: Path, user: int, state: State) -> None:
+        self._storage.make_folder(path.parent)
         numbers, tensors = pack_state(state)
         self._storage.write(path, sealed(KIND, {"user": user, "state": numbers}, tensors))
         self._staged.append(path)
@@ -178,6 +182,9 @@ class StatesInFolder:
     def _place(self, user: int) -> Path:
         return self.folder / str(user // USERS_A_FOLDER) / str(user)
 
+    def _path(self, user: int, round: int, attempt: int) -> Path:
+        return self._place(user) / f"{round:08d}-{attempt}{END}"
+
     def _versions(self, place: Path) -> list[tuple[int, int, Path]]:
         found = []
         for name in self._storage.names(place):
@@ -194,3 +201,36 @@ class StatesInFolder:
 
     def _folders(self, path: Path) -> list[Path]:
         return [path.parent, path.parent.parent, self.folder, self.folder.parent]
+
+
+class StatesOnDevice(StatesInFolder):
+    """The states of a device's own users: one counts where the server says that it took the update that was sent with it.
+
+    What a device sent and the server never took, or took in an attempt that was not released, is as if it had never been trained.
+
+    Args:
+        folder: where; made when first needed.
+        taken: the round and the attempt of each user's last update that was taken; users without one start afresh.
+        storage: the disk.
+    """
+
+    def __init__(self, folder: Path, taken: Mapping[int, tuple[int, int]], storage: Storage | None = None) -> None:
+        super().__init__(folder, storage)
+        self._taken = taken
+
+    def load(self, user: int, round: int, template: State) -> State:
+        """Return what the user had when its last update was taken; the template where none was, or the device has lost it.
+
+        Raises:
+            SealedFileError, ValueError: as `StatesInFolder`.
+        """
+        path = self._path(user, *self._taken[user]) if user in self._taken else None
+        return self._read(path, user, template) if path is not None and self._storage.exists(path) else template
+
+    def stage(self, user: int, round: int, attempt: int, state: State) -> None:
+        """Keep what the user has after an attempt at a round, beside what counts; whatever else there is goes."""
+        kept = self._path(user, *self._taken[user]) if user in self._taken else None
+        for _, _, old in self._versions(self._place(user)):
+            if old != kept:
+                self._storage.remove(old)
+        self._write(self._path(user, round, attempt), user, state)

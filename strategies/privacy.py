@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from fedclip.config import Experiment
 from fedclip.options import ConfigError
-from fedclip.stages import fixed_size, poisson
+from fedclip.stages import available, fixed_size, poisson
 
 if TYPE_CHECKING:
     from fedclip.account import Account
@@ -36,6 +36,8 @@ def build_sampler(experiment: Experiment, users: int) -> "Sampler":
         raise ConfigError(f"sampler.cohort: expected at most {users}, the users there are, got {options.cohort:g}.")
     if options.name == "poisson":
         return poisson(users, options.cohort, options.max_cohort, options.devices_per_user)
+    if options.name == "available":
+        return available(users, options.cohort, options.over_selection)
     return fixed_size(users, int(options.cohort))
 
 

@@ -85,6 +85,7 @@ def test_an_evaluation_and_its_reply():
         "units": (3, 1),
         "task": "task",
         "device": "cpu",
+        "errand": None,
     }
     counts = [(3, {"loss": 1 / 3, "hits": 2.0}), (1, {"loss": math.inf})]
     assert messages.read_evaluate_reply(carried(messages.evaluate_reply(counts))) == counts

@@ -16,7 +16,7 @@ from fedclip.options import ConfigError
 from fedclip.packed import PackedCodec
 from fedclip.quantize import Entropy, Fp16, Quantize, Sign
 from fedclip.release import Gaussian
-from fedclip.sampling import FixedSize, Poisson
+from fedclip.sampling import Available, FixedSize, Poisson
 from fedclip.schedules import Schedule
 from fedclip.sparsify import CommonMask, RandomK, TopK
 from fedclip.stages import STAGES, build_stage, check_stage, describe_stage
@@ -36,6 +36,7 @@ ALL = [
     LocalSGD(0.1, None, 2, 16, 1.0, 0.9),
     LocalSGD(0.1, 3, None, 16, 1.0, 0.0, "adamw", (0.5, 0.6), 1e-3, 0.1, 0.2, 3, 2, "bfloat16"),
     FixedSize(100, 7),
+    Available(100, 7, 1.5),
     Gaussian(0.7),
     DenseCodec(),
     PackedCodec(9),

@@ -1,0 +1,393 @@
+"""`Fleet`: rounds of a method on real devices. What it sends is what simulations send; what comes back passes the gate first."""
+
+import dataclasses
+import math
+import secrets
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import httpx
+import numpy as np
+from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+from flwr.serverapp import Grid
+
+from clients import messages
+from clients.device import digest_of
+from clients.gate import Asked, Cause, Gate, Rejected
+from clients.identity import Oversized, pull_at_most
+from clients.roster import Enrolled, Roster
+from clients.signing import public_line
+from fedclip.account import Account, BudgetSpent
+from fedclip.client import Collector, Contribution, Site, evaluate_units
+from fedclip.codec import DenseCodec
+from fedclip.config import DeploymentOptions
+from fedclip.layout import Layout
+from fedclip.method import Method, ServerState
+from fedclip.options import ConfigError
+from fedclip.process import settle_process
+from fedclip.replica import Replica
+from fedclip.rng import Streams
+from fedclip.round import Outcome, Plan, Released, WorkerError, begin, finish, replay
+from fedclip.simulation import initial_params
+from fedclip.tally import add_up
+from fedclip.tasks.base import Counts, Task
+from fedclip.tasks.build import TaskRecipe
+from fedclip.update import Dense
+
+SECONDS_BETWEEN_PULLS = 0.5
+
+TRIES = 3
+"""A round without noise is begun so often, until users enough have answered."""
+
+TIME_TO_LIVE = 7 * 24 * 3600.0
+"""Seconds that a SuperLink keeps a message: so that a late reply is counted as one."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rejection:
+    """A reply that was not taken, or a node that was not asked: which, when and why. For the operator, and nobody else."""
+
+    round: int
+    attempt: int
+    node: str
+    cause: Cause
+    detail: str
+
+
+class Fleet:
+    """Rounds of a method on the nodes of a SuperLink that a roster names: a message for a few users of a node.
+
+    Args:
+        method: the method; its sampler is `Available`.
+        task: the task, for its model and its held-out units; nothing is trained here.
+        recipe: how every node builds the same task, on its own data.
+        secret: the master secret of the random streams; empty: the operating system's generator, on every device as on the server.
+        run: the name of the run.
+        grid: the nodes.
+        options: who may take part, and how long a round waits.
+        device: where nodes train, and this process evaluates.
+        account: what the releases are charged to; None without noise.
+        rates: the metrics of the task that are between 0 and 1, where models are evaluated by the devices, on what they hold out; none:
+            they are evaluated here, on what the task holds out.
+
+    Attributes:
+        state: the state after the last round.
+        keep: makes what was released durable before the server step; None: nothing does.
+        warn: is told of each rejection; None: nobody is.
+        say: is told what a round waits for.
+        rejected: how many replies were not taken, by cause.
+    """
+
+    command = "deployment"
+
+    def __init__(
+        self,
+        method: Method,
+        task: Task,
+        recipe: TaskRecipe,
+        secret: str,
+        run: str,
+        grid: Grid,
+        options: DeploymentOptions,
+        *,
+        device: str = "cpu",
+        account: Account | None = None,
+        rates: tuple[str, ...] = (),
+    ) -> None:
+        settle_process()
+        self.method, self.task, self.account, self.run = method, task, account, run
+        self.layout = Layout.of(task.make_model())
+        self.state = ServerState.initial(initial_params(task), method, self.layout)
+        self.keep: Callable[[Released], None] | None = None
+        self.warn: Callable[[Rejection], None] | None = None
+        self.say: Callable[[str], None] = lambda text: None
+        self.rejected: Counter[str] = Counter()
+        self._recipe, self._secret, self._grid, self._options, self._device = recipe.to_json(), secret, grid, options, device
+        self._rates = rates
+        self._taken: dict[int, tuple[int, int]] = {}
+        self._accepted: tuple[int, ...] = ()
+        self._names: dict[int, str] = {}
+        self._late: dict[str, Asked] = {}
+        self._here: Site | None = None
+
+    @property
+    def workers(self) -> int:
+        """How many nodes are there: each trains on a machine of its own."""
+        return max(1, len(list(self._grid.get_node_ids())))
+
+    @property
+    def remembered(self) -> list[list[int]]:
+        """The round and the attempt of each user's last update that was taken: what of their devices' states counts. Plain data."""
+        return [[user, *last] for user, last in sorted(self._taken.items())]
+
+    @remembered.setter
+    def remembered(self, taken: list[list[int]]) -> None:
+        self._taken = {user: (round, attempt) for user, round, attempt in taken}
+
+    def restore(self, state: ServerState) -> None:
+        """Go on from another state."""
+        self.state = state
+
+    def replay(self, released: Released) -> Outcome:
+        """Take the server step of a round that was released before; no device is asked."""
+        return self._done(replay(self.method, self.state, self.layout, self._secret, self.run, released), released.accepted)
+
+    def round(self) -> Outcome:
+        """Do one more round and return what it made. A node that fails, is late or lies costs the round its update, and no more.
+
+        Raises:
+            BudgetSpent: the round's release would exceed the budget; no device was asked.
+            WorkerError: without noise, and time and again too few users have answered.
+            ConfigError: the roster cannot be read.
+        """
+        for _ in range(TRIES):
+            nodes = self._wait_for_users()
+            present = [user for enrolled in nodes.values() for user in enrolled.ids if user < self.method.sampler.population]
+            plan = begin(self.method, self.state, self.layout, self._secret, self.run, self.account, present)
+            collector, asked_bytes = self._collect(plan, nodes)
+            users = collector.fold.users
+            if self.method.private or users >= self._options.least_users:
+                tally = {"downlink_bytes": asked_bytes, "unanswered_users": float(len(_users_of(plan)) - len(self._accepted))}
+                return self._finish(plan, collector, tally)
+            self.say(f"round {plan.spec.streams.round}: {users} users have answered, expected {self._options.least_users}; again")
+        raise WorkerError(
+            f"In {TRIES} tries no {self._options.least_users} users have answered within {self._options.deadline_seconds:g} s; wait "
+            "for more nodes, or lower deployment.least_users or raise deployment.deadline_seconds."
+        )
+
+    def evaluate_units(self) -> list[Counts]:
+        """Return what each held-out unit of the task here adds to the metrics of the current model, in their order."""
+        if self._here is None:
+            self._here = Site(self.task, Replica.of(self.task, self._device))
+        return [counts for _, counts in evaluate_units(self._here, self.state.params, range(self.task.held_out_units))]
+
+    @property
+    def measure(self) -> Callable[[], dict[str, float]] | None:
+        """Evaluates the current model on the devices and returns the metrics; None: `evaluate_units` is to be asked."""
+        return self._measure if self._rates else None
+
+    def _finish(self, plan: Plan, collector: Collector, seen: Mapping[str, float]) -> Outcome:
+        keep, accepted = self.keep, self._accepted
+        with_users = None if keep is None else lambda released: keep(dataclasses.replace(released, accepted=accepted))
+        plan = dataclasses.replace(plan, downlink_bytes=int(seen["downlink_bytes"]))
+        outcome = finish(self.method, self.state, self.layout, plan, [collector.partial()], self.account, with_users)
+        return self._done(
+            dataclasses.replace(outcome, tally=add_up([outcome.tally, {"unanswered_users": seen["unanswered_users"]}])), accepted
+        )
+
+    def _done(self, outcome: Outcome, accepted: Iterable[int]) -> Outcome:
+        self.state = outcome.state
+        self._taken |= dict.fromkeys(accepted, (outcome.state.round, outcome.attempt))
+        return outcome
+
+    def _wait_for_users(self) -> dict[int, Enrolled]:
+        """Return the nodes that are there and may take part, once they have users enough."""
+        said = False
+        while True:
+            nodes = self._there()
+            users = sum(enrolled.users for enrolled in nodes.values())
+            if users >= self._options.least_users:
+                return nodes
+            if not said:
+                self.say(f"waiting for {self._options.least_users} users; {users} are there")
+            said = True
+            time.sleep(SECONDS_BETWEEN_PULLS)
+
+    def _there(self) -> dict[int, Enrolled]:
+        roster, found = Roster.read(self._options.roster), dict[int, Enrolled]()
+        for node, said in self._names_of() if self._options.insecure else self._keys_of():
+            enrolled = roster.by_name(said) if self._options.insecure else roster.by_key(said)
+            if enrolled is None:
+                self._reject(str(node), "unregistered", said or "a node without a key")
+            elif enrolled.revoked:
+                self._reject(enrolled.name, "revoked")
+            else:
+                found[node] = enrolled
+        return found
+
+    def _keys_of(self) -> Iterator[tuple[int, str]]:
+        nodes: Any = self._grid
+        for info in nodes.get_nodes():
+            try:
+                yield info.node_id, public_line(info.public_key)
+            except ConfigError:
+                yield info.node_id, ""
+
+    def _names_of(self) -> Iterator[tuple[int, str]]:
+        """Yield what nodes call themselves: they are asked once, and taken at their word."""
+        there = list(self._grid.get_node_ids())
+        new = {str(node): Asked(node, str(node), "", "") for node in there if node not in self._names}
+        out = [(Message(RecordDict({"request": ConfigRecord()}), a.node, MessageType.QUERY), a) for a in new.values()]
+        for asked, reply in self._replies(self._push(out), Gate("", 0, 0, "", 0)):
+            self._names[asked.node] = "" if reply.has_error() else str(reply.content.config_records["reply"]["name"])
+        return iter([(node, self._names[node]) for node in there if node in self._names])
+
+    def _collect(self, plan: Plan, nodes: Mapping[int, Enrolled]) -> tuple[Collector, float]:
+        """Ask the users of a plan, and return the sum of what was taken of the answers, and the bytes that went down."""
+        streams, spec = plan.spec.streams, plan.spec
+        gate = Gate(self.run, streams.round, streams.attempt, spec.digest, self.layout.size, signed=not self._options.insecure)
+        out = self._push(self._requests(plan, nodes))
+        down = float(len(out) * (len(spec.params) + len(spec.support) + len(spec.control)))
+        collector, self._accepted = Collector(spec.without_vectors(), self.layout), ()
+        weighted = self.method.weighting == "examples" and not self.method.private
+        measured = self._options.diagnostics or not self.method.private
+        for asked, reply in self._replies(out, gate, self._enough):
+            try:
+                given = gate.updates(reply, asked, weighted=weighted, measured=measured)
+            except Rejected as rejected:
+                self._reject(asked.name, rejected.cause, str(rejected))
+                continue
+            self._accepted += tuple(c.user for c in given if self._take(collector, c, asked) and c.payload is not None)
+        self._count_late(gate)
+        return collector, down
+
+    def _enough(self) -> bool:
+        """Return whether no more answers are waited for. Under noise nobody's answer may keep another's out of the sum."""
+        return not self.method.private and len(self._accepted) >= self.method.sampler.expected_cohort
+
+    def _take(self, collector: Collector, contribution: Contribution, asked: Asked) -> bool:
+        fault = collector.take(0, contribution)
+        if fault is not None:
+            self._reject(asked.name, "undecodable", f"user {contribution.user}: {fault}")
+        return fault is None
+
+    def _requests(self, plan: Plan, nodes: Mapping[int, Enrolled]) -> Iterator[tuple[Message, Asked]]:
+        spec, cohort, few = plan.spec, {*_users_of(plan)}, self._options.users_per_message
+        model = messages.model_record(spec.params, spec.control)
+        for node, enrolled in nodes.items():
+            users = [user for user in enrolled.ids if user in cohort]
+            for start in range(0, len(users), few):
+                asked = Asked(node, enrolled.name, enrolled.key, secrets.token_hex(16), tuple(users[start : start + few]))
+                blocks, errand = [(0, asked.users)], self._errand(spec.streams, asked, enrolled)
+                content = messages.train_request(spec, blocks, self._recipe, self._device, "updates", model, errand=errand)
+                yield self._message(content, MessageType.TRAIN, asked, spec.streams.round), asked
+
+    def _errand(self, streams: Streams, asked: Asked, enrolled: Enrolled) -> messages.Errand:
+        taken = {user: self._taken[user] for user in asked.users if user in self._taken}
+        told = (self.run, streams.round, streams.attempt, asked.nonce, enrolled.first, taken)
+        return messages.Errand(*told, private=self.method.private, diagnostics=self._options.diagnostics)
+
+    @staticmethod
+    def _message(content: RecordDict, kind: str, asked: Asked, round: int) -> Message:
+        return Message(content, asked.node, kind, ttl=TIME_TO_LIVE, group_id=str(round))
+
+    def _push(self, out: Iterable[tuple[Message, Asked]]) -> dict[str, Asked]:
+        """Send messages, and return what they ask by their ids. One that the SuperLink does not take is a node that does not answer."""
+        pairs = list(out)
+        if not pairs:
+            return {}
+        ids = list(self._grid.push_messages([message for message, _ in pairs]))
+        return {id: asked for id, (_, asked) in zip(ids, pairs, strict=True) if id}
+
+    def _replies(self, out: dict[str, Asked], gate: Gate, enough: Callable[[], bool] = lambda: False) -> Iterator[tuple[Asked, Message]]:
+        """Yield replies as they come, one at a time, until all have come, enough have, or the deadline is there."""
+        waiting, end = dict(out), time.monotonic() + self._options.deadline_seconds
+        while waiting and time.monotonic() < end and not enough():
+            before = len(waiting)
+            for id in list(waiting):
+                yield from self._pulled(id, waiting, gate)
+                if enough():
+                    break
+            if len(waiting) == before:
+                time.sleep(SECONDS_BETWEEN_PULLS)
+        self._late |= waiting
+
+    def _pulled(self, id: str, waiting: dict[str, Asked], gate: Gate) -> Iterator[tuple[Asked, Message]]:
+        asked = waiting[id]
+        try:
+            replies = pull_at_most(self._grid, id, gate.limit(asked))
+        except httpx.HTTPError:
+            return  # the SuperLink does not answer; it is asked again
+        except Exception as error:  # noqa: BLE001  Flower raises all kinds of things at a reply that is none
+            del waiting[id]
+            self._reject(asked.name, "oversized" if isinstance(error, Oversized) else "malformed", str(error))
+            return
+        if replies:
+            del waiting[id]
+            yield asked, replies.pop()
+
+    def _count_late(self, gate: Gate) -> None:
+        """Count the replies to rounds before this one that have come since, and drop them."""
+        for id in [id for id, asked in self._late.items() if asked.nonce]:
+            late = {id: self._late[id]}
+            for asked, _ in self._pulled(id, late, gate):
+                self._reject(asked.name, "late")
+            if not late:
+                del self._late[id]
+
+    def _reject(self, node: str, cause: Cause, detail: str = "") -> None:
+        self.rejected[cause] += 1
+        if self.warn is not None:
+            account, round = self.account, self.state.round + 1
+            self.warn(Rejection(round, 0 if account is None else account.attempts(round), node, cause, detail))
+
+    def _measure(self) -> dict[str, float]:
+        """Evaluate on the devices. Under noise the mean of the nodes' own rates is released, with noise, and charged."""
+        account, round = self.account, self.state.round
+        try:
+            if account is not None:
+                account.check()
+        except BudgetSpent as spent:
+            self.say(f"not evaluated: {spent}")
+            return {}
+        streams = Streams(self._secret, self.run, round, 0 if account is None else account.evaluations(round))
+        payload = DenseCodec().encode(Dense(self.state.params), self.layout)
+        gate = Gate(self.run, round, streams.attempt, digest_of(payload), 0, signed=not self._options.insecure)
+        model, out = messages.model_record(payload), list[tuple[Message, Asked]]()
+        for node, enrolled in self._wait_for_users().items():
+            asked = Asked(node, enrolled.name, enrolled.key, secrets.token_hex(16))
+            content = messages.evaluate_request([], self._recipe, self._device, model, self._errand(streams, asked, enrolled))
+            out.append((self._message(content, MessageType.EVALUATE, asked, round), asked))
+        answers = self._replies(self._push(out), gate)
+        return self._noised_rates(answers, gate, streams) if self.method.private else self._pooled(answers, gate)
+
+    def _pooled(self, answers: Iterable[tuple[Asked, Message]], gate: Gate) -> dict[str, float]:
+        pooled: list[Counts] = []
+        for asked, reply in answers:
+            try:
+                counts = gate.counts(reply, asked)
+                self._summarised([*pooled, *counts])  # with anything that the metrics cannot be made of
+            except Rejected as rejected:
+                self._reject(asked.name, rejected.cause, str(rejected))
+                continue
+            pooled += counts
+        return self._summarised(pooled) if pooled else {}
+
+    def _summarised(self, counts: Sequence[Counts]) -> dict[str, float]:
+        try:
+            return self.task.summarise(counts, 0) if counts else {}
+        except Exception as error:
+            raise Rejected("malformed", f"no counts of this task: {type(error).__name__}: {error}") from error
+
+    def _noised_rates(self, answers: Iterable[tuple[Asked, Message]], gate: Gate, streams: Streams) -> dict[str, float]:
+        """Release the number of nodes and the sums of their rates with noise, and return the means.
+
+        A node adds 1 to the number and at most 1 to each sum, however many users it has: its vector of K rates and a one has a norm of
+        at most sqrt(1 + K). The interval is that of the noise alone.
+        """
+        total, names = [0.0] * (1 + len(self._rates)), (None, *self._rates)
+        for asked, reply in answers:
+            try:
+                rates = gate.rates(reply, asked)
+            except Rejected as rejected:
+                self._reject(asked.name, rejected.cause, str(rejected))
+                continue
+            total = [so_far + (1.0 if name is None else rates.get(name, 0.0)) for so_far, name in zip(total, names, strict=True)]
+        mechanism, bound = self.method.release.mechanism, math.sqrt(len(total))
+        if self.account is None or mechanism is None:
+            raise RuntimeError("Expected an account and a mechanism under noise.")
+        deviation = mechanism.noise_multiplier * bound
+        self.account.charge(self.run, streams.round, streams.attempt, mechanism.noise_multiplier, bound, "evaluation")
+        nodes, *sums = (np.asarray(total) + deviation * streams.generator("evaluation").standard_normal(len(total))).tolist()
+        count, measured = max(1.0, nodes), dict[str, float]()
+        for name, noised in zip(self._rates, sums, strict=True):
+            rate, width = noised / count, 1.96 * deviation / count
+            bounds = {"": rate, "_low": rate - width, "_high": rate + width}
+            measured |= {f"{name}{end}": min(1.0, max(0.0, value)) for end, value in bounds.items()}
+        return measured
+
+
+def _users_of(plan: Plan) -> list[int]:
+    return [user for _, users in plan.blocks for user in users]
