@@ -9,6 +9,7 @@ from typing import Self
 HOST = "127.0.0.1"
 CHUNK = 1 << 16
 SECONDS_BETWEEN_TRIES = 0.2
+SECONDS_TO_ACCEPT = 0.1
 
 
 class Relay:
@@ -28,7 +29,6 @@ class Relay:
         self.up = self.down = self.connections = 0
         self.port, self._target = port, target
         self._ready, self._tasks = threading.Event(), set[asyncio.Task[None]]()
-        self._near = set[asyncio.StreamWriter]()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), name="relay", daemon=True)
 
     def __enter__(self) -> Self:
@@ -51,18 +51,15 @@ class Relay:
         self._ready.set()
         await self._stop.wait()
         server.close()
+        await asyncio.sleep(SECONDS_TO_ACCEPT)  # a task that is cancelled before it began closes nothing
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        for near in self._near:  # also of those whose task had not begun
-            near.close()
-        await asyncio.sleep(0)
 
     def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
         task = asyncio.get_running_loop().create_task(self._between(reader, writer))
         self._tasks.add(task)
-        self._near.add(writer)
         task.add_done_callback(self._tasks.discard)
 
     async def _between(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -71,7 +68,6 @@ class Relay:
             far = await self._reach()
             await asyncio.gather(self._pass(reader, far[1], "up"), self._pass(far[0], writer, "down"))
         finally:
-            self._near.discard(writer)
             for end in (writer, *([far[1]] if far else [])):
                 end.close()
                 with suppress(OSError):
