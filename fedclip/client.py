@@ -326,6 +326,8 @@ def unpack_bits(packed: bytes, count: int) -> np.ndarray:
     """
     if len(packed) != -(-count // 8):
         raise WireError(f"Expected {count} clip bits in {-(-count // 8)} bytes, got {len(packed)} bytes.")
+    if not count:
+        return np.zeros(0, dtype=np.int64)
     return 2 * np.unpackbits(np.frombuffer(packed, dtype=np.uint8), count=count).astype(np.int64) - 1
 
 
