@@ -6,6 +6,7 @@ result has the same bits for every number of workers and every order.
 """
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -105,23 +106,23 @@ class Fold:
 
     def _add_dense(self, update: Dense, weight: float) -> None:
         # By NumPy into buffers that are kept: it adds int64 numbers in less than half of torch's time, and all stays in caches.
-        total, (rounded, exact, digits), begin = self.total.numpy(), self._scratch, 0
-        for values, scale in self._parts(update, weight):
-            source, sums = values.numpy(), total[begin : begin + len(values)]
-            for start in range(0, len(source), SPAN):
-                part = source[start : start + SPAN]
-                x, n = (rounded if isinstance(scale, np.float32) else exact)[: len(part)], digits[: len(part)]
+        values, parts = self._parts(update, weight)
+        source, total, (rounded, exact, digits), start = values.numpy(), self.total.numpy(), self._scratch, 0
+        for cuts in _spans(parts):
+            end = start + cuts[-1][1]
+            n, x = digits[: end - start], (rounded if isinstance(cuts[0][2], np.float32) else exact)[: end - start]
+            for first, last, scale in cuts:
                 if isinstance(scale, np.float32):
-                    np.multiply(part, scale, out=x)
+                    np.multiply(source[start + first : start + last], scale, out=x[first:last])
                 else:
-                    np.copyto(x, part)
-                    x *= scale
-                np.copyto(n, x, casting="unsafe")
-                sums[start : start + SPAN] += n
-            begin += len(values)
+                    np.copyto(x[first:last], source[start + first : start + last])
+                    x[first:last] *= scale
+            np.copyto(n, x, casting="unsafe")
+            total[start:end] += n
+            start = end
 
-    def _parts(self, update: Dense, weight: float) -> list[tuple[torch.Tensor, np.floating]]:
-        """Return the parts of an update, each with what brings it onto the grid: a float32 number where its products have the same digits.
+    def _parts(self, update: Dense, weight: float) -> tuple[torch.Tensor, list[tuple[int, np.floating]]]:
+        """Return values, and the length of each part with what brings it onto the grid: float32 where that has the same digits.
 
         They have, as a power of two only moves the exponent of what a factor gives. What float32 holds with fewer than 24 bits, under
         2^-126, is rounded otherwise, but is 0 on any grid up to 1e30.
@@ -130,9 +131,9 @@ class Fold:
         parts = update.parts if isinstance(update, Scaled) else ((len(update.vector), 1.0),)
         scales = [factor * unit for _, factor in parts]
         if weight != 1.0 or not all(is_float32_factor(s) for s in [unit, *scales]):
-            return [(update.vector.cpu(), np.float64(weight * unit))]
+            return update.vector.cpu(), [(len(update.vector), np.float64(weight * unit))]
         values = (update.unscaled if isinstance(update, Scaled) else update.vector).cpu()
-        return list(zip(torch.split(values, [size for size, _ in parts]), map(np.float32, scales), strict=True))
+        return values, [(size, np.float32(scale)) for (size, _), scale in zip(parts, scales, strict=True)]
 
     @cached_property
     def _scratch(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -162,3 +163,19 @@ class Fold:
     def _check_room(self, users: int) -> None:
         if self.users + users > self.grid.capacity:
             raise FoldOverflow(f"Expected at most {self.grid.capacity} users in a sum, got {self.users + users}; lower the cohort.")
+
+
+def _spans(parts: Sequence[tuple[int, np.floating]]) -> Iterator[list[tuple[int, int, np.floating]]]:
+    """Yield for each span of a vector what parts of it have which scale: first, one past the last, scale."""
+    filled, cuts = 0, list[tuple[int, int, np.floating]]()
+    for length, scale in parts:
+        left = length
+        while left:
+            taken = min(left, SPAN - filled)
+            cuts.append((filled, filled + taken, scale))
+            filled, left = filled + taken, left - taken
+            if filled == SPAN:
+                yield cuts
+                filled, cuts = 0, []
+    if cuts:
+        yield cuts
