@@ -50,8 +50,8 @@ class Relay:
         self.port = int(server.sockets[0].getsockname()[1])
         self._ready.set()
         await self._stop.wait()
+        await asyncio.sleep(SECONDS_TO_ACCEPT)  # what has come is let in, so that it can be cut
         server.close()
-        await asyncio.sleep(SECONDS_TO_ACCEPT)  # a task that is cancelled before it began closes nothing
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
