@@ -25,10 +25,11 @@ import tomli_w
 from clients.roster import Roster
 from experiments.deployment.relay import Relay
 
+SUBMISSION = "submission"
 PROJECT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 HOST = "127.0.0.1"
-SECONDS_TO_START, SECONDS_TO_END = 120.0, 20.0
+SECONDS_TO_START, SECONDS_TO_END, SECONDS_TO_WRITE = 120.0, 20.0, 5.0
 
 
 class LoopbackError(RuntimeError):
@@ -159,10 +160,12 @@ class Loopback:
         return self.folder / f"{name}.log"
 
     def submit(self, **config: str | int) -> None:
-        """Submit a run to the SuperLink; it does not wait for its end."""
+        """Submit a run to the SuperLink; what it says goes to the log of `submission`, until it ends."""
         said = self.folder / "submitted.toml"
         said.write_text(tomli_w.dumps({name.replace("_", "-"): value for name, value in config.items()}), encoding="utf-8")
-        self.flwr("run", PROJECT, "loopback", "--run-config", said)
+        if SUBMISSION in self._processes:
+            self.end(SUBMISSION)
+        self._start(SUBMISSION, ["flwr", "run", PROJECT, "loopback", "--stream", "--run-config", said], self._environment())
 
     def wait(self, run: Path, *, rounds: int | None = None, seconds: float = 600.0) -> dict[str, Any]:
         """Wait until a run has ended, or has done so many rounds, and return its summary, or its heartbeat.
@@ -175,8 +178,11 @@ class Loopback:
             now = _read(run / "summary.json") if rounds is None else _read(run / "heartbeat.json")
             if now is not None and (rounds is None or now["round"] >= rounds):
                 return now
-            if not self.alive("superlink"):
-                raise LoopbackError(f"The SuperLink is gone; see {self.log('superlink')}.")
+            for name in ("superlink", SUBMISSION):
+                if not self.alive(name):
+                    time.sleep(SECONDS_TO_WRITE)
+                    if _read(run / "summary.json") is None:
+                        raise LoopbackError(f"{name} has ended; see {self.log(name)}: {self.log(name).read_text(errors='replace')[-2000:]}")
             time.sleep(0.2)
         raise LoopbackError(f"{run} has not come so far in {seconds:g} s; see the logs in {self.folder}.")
 
