@@ -16,7 +16,7 @@ from flwr.serverapp import Grid
 from clients import messages
 from clients.device import digest_of
 from clients.gate import Asked, Cause, Gate, Rejected
-from clients.identity import Oversized, pull_at_most
+from clients.pulling import Oversized, Pulls
 from clients.roster import Enrolled, Roster
 from clients.signing import public_line
 from fedclip.account import Account, BudgetSpent
@@ -105,7 +105,7 @@ class Fleet:
         self.say: Callable[[str], None] = lambda text: None
         self.rejected: Counter[str] = Counter()
         self._recipe, self._secret, self._grid, self._options, self._device = recipe.to_json(), secret, grid, options, device
-        self._rates = rates
+        self._rates, self._pulls = rates, Pulls(grid)
         self._taken: dict[int, tuple[int, int]] = {}
         self._accepted: tuple[int, ...] = ()
         self._names: dict[int, str] = {}
@@ -297,7 +297,7 @@ class Fleet:
     def _pulled(self, id: str, waiting: dict[str, Asked], gate: Gate) -> Iterator[tuple[Asked, Message]]:
         asked = waiting[id]
         try:
-            replies = pull_at_most(self._grid, id, gate.limit(asked))
+            replies = self._pulls.pull(id, gate.limit(asked))
         except httpx.HTTPError:
             return  # the SuperLink does not answer; it is asked again
         except Exception as error:  # noqa: BLE001  Flower raises all kinds of things at a reply that is none
