@@ -110,6 +110,7 @@ class Fleet:
         self._accepted: tuple[int, ...] = ()
         self._names: dict[int, str] = {}
         self._late: dict[str, Asked] = {}
+        self._left_out: dict[str, tuple[int, Cause]] = {}
         self._here: Site | None = None
 
     @property
@@ -200,12 +201,18 @@ class Fleet:
         for node, said in self._names_of() if self._options.insecure else self._keys_of():
             enrolled = roster.by_name(said) if self._options.insecure else roster.by_key(said)
             if enrolled is None:
-                self._reject(str(node), "unregistered", said or "a node without a key")
+                self._leave_out(str(node), "unregistered", said or "a node without a key")
             elif enrolled.revoked:
-                self._reject(enrolled.name, "revoked")
+                self._leave_out(enrolled.name, "revoked")
             else:
                 found[node] = enrolled
         return found
+
+    def _leave_out(self, node: str, cause: Cause, detail: str = "") -> None:
+        """Count a node that is not asked, once a round: those that are there are looked at twice a second while users are waited for."""
+        if self._left_out.get(node) != (self.state.round, cause):
+            self._left_out[node] = (self.state.round, cause)
+            self._reject(node, cause, detail)
 
     def _keys_of(self) -> Iterator[tuple[int, str]]:
         nodes: Any = self._grid
