@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 
 from flwr.app import Message, RecordDict
+from flwr.common.constant import ErrorCode
 
 try:
     from flwr.supercore.task_identity import TaskIdentity
@@ -50,6 +51,11 @@ def assume(identity: Identity) -> Identity:
     for name in ("run_id", "node_id", "task_id"):
         setattr(TaskIdentity, name, getattr(identity, name))  # by name, as None, which takes an identity away, isn't in the setters' types
     return before
+
+
+def is_unreached(reply: Message) -> bool:
+    """Return whether a reply is the SuperLink's own word that the node is not there, or has lost the message: it may be sent again."""
+    return reply.has_error() and reply.error.code in (ErrorCode.NODE_UNAVAILABLE, ErrorCode.MESSAGE_UNAVAILABLE)
 
 
 def number(message: Message, message_id: str) -> None:

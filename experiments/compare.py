@@ -64,6 +64,8 @@ def course_of(run: Path) -> Course:
     key, name = next(((k, n) for k, n in METRICS if any(k in row for row in rows)), ("", ""))
     if not key:
         raise ConfigError(f"{run} was never evaluated by word error rate or accuracy; there is nothing to compare.")
+    if not all("uplink_bytes" in row for row in rows):
+        raise ConfigError(f"{run} does not say its bytes, which a run on real devices under noise withholds; compare simulations.")
     points, up, down = list[Point](), 0, 0
     last: dict[str, Any] = {}
     for row in rows:

@@ -19,15 +19,18 @@ def draw_curves(rows: list[dict[str, Any]], path: Path, title: str, stamp: str =
     _line(left, rows, "train_loss", GREY, "training (users of the round)", marker="")
     _line(left, rows, "eval_loss", BLUE, "held-out users")
     left.set(xlabel="round", ylabel="loss", title="Loss")
-    left.legend(frameon=False)
+    if left.lines:
+        left.legend(frameon=False)
     if any("wer" in r for r in rows):
         _rate(right, rows, "wer", "word error rate, %", ORANGE)
         right.set_ylim(bottom=0)
     else:
         _rate(right, rows, "accuracy", "accuracy, %", BLUE)
-    gigabytes = sum(r["uplink_bytes"] + r["downlink_bytes"] for r in rows) / 1e9
-    users = sum(r["users"] for r in rows)
-    figure.suptitle(f"{title}: {len(rows)} rounds, {users:,} users trained, {gigabytes:.2f} GB up and down\n{stamp}".rstrip())
+    said = f"{title}: {len(rows)} rounds"
+    if rows and "users" in rows[0]:  # of real devices under noise neither cohorts nor their bytes are shown
+        gigabytes = sum(r["uplink_bytes"] + r["downlink_bytes"] for r in rows) / 1e9
+        said += f", {sum(r['users'] for r in rows):,} users trained, {gigabytes:.2f} GB up and down"
+    figure.suptitle(f"{said}\n{stamp}".rstrip())
     for axes in (left, right):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)

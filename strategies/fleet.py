@@ -16,6 +16,7 @@ from flwr.serverapp import Grid
 from clients import messages
 from clients.device import digest_of
 from clients.gate import Asked, Cause, Gate, Rejected
+from clients.identity import is_unreached
 from clients.pulling import Oversized, Pulls
 from clients.roster import Enrolled, Roster
 from clients.signing import public_line
@@ -111,6 +112,7 @@ class Fleet:
         self._names: dict[int, str] = {}
         self._late: dict[str, Asked] = {}
         self._left_out: dict[str, tuple[int, Cause]] = {}
+        self._sent: dict[str, Message] = {}
         self._here: Site | None = None
 
     @property
@@ -235,6 +237,8 @@ class Fleet:
         """Ask the users of a plan, and return the sum of what was taken of the answers, and the bytes that went down."""
         streams, spec = plan.spec.streams, plan.spec
         gate = Gate(self.run, streams.round, streams.attempt, spec.digest, self.layout.size, signed=not self._options.insecure)
+        self._count_late(gate)
+        self._sent.clear()
         out = self._push(self._requests(plan, nodes))
         down = float(len(out) * (len(spec.params) + len(spec.support) + len(spec.control)))
         collector, self._accepted = Collector(spec.without_vectors(), self.layout), ()
@@ -247,7 +251,6 @@ class Fleet:
                 self._reject(asked.name, rejected.cause, str(rejected))
                 continue
             self._accepted += tuple(c.user for c in given if self._take(collector, c, asked) and c.payload is not None)
-        self._count_late(gate)
         return collector, down
 
     def _enough(self) -> bool:
@@ -286,19 +289,40 @@ class Fleet:
         if not pairs:
             return {}
         ids = list(self._grid.push_messages([message for message, _ in pairs]))
+        self._sent |= {asked.nonce: message for message, asked in pairs}
         return {id: asked for id, (_, asked) in zip(ids, pairs, strict=True) if id}
 
+    def _push_again(self, absent: list[Asked]) -> dict[str, Asked]:
+        """Send the same again to those nodes that are back; each is still taken once. They leave the list of the absent."""
+        there = {*self._grid.get_node_ids()}
+        back = [asked for asked in absent if asked.node in there]
+        absent[:] = [asked for asked in absent if asked.node not in there]
+        return self._push((self._copy(self._sent[asked.nonce]), asked) for asked in back)
+
+    @staticmethod
+    def _copy(message: Message) -> Message:
+        to = message.metadata
+        return Message(message.content, to.dst_node_id, to.message_type, ttl=to.ttl, group_id=to.group_id)
+
     def _replies(self, out: dict[str, Asked], gate: Gate, enough: Callable[[], bool] = lambda: False) -> Iterator[tuple[Asked, Message]]:
-        """Yield replies as they come, one at a time, until all have come, enough have, or the deadline is there."""
-        waiting, end = dict(out), time.monotonic() + self._options.deadline_seconds
-        while waiting and time.monotonic() < end and not enough():
+        """Yield replies as they come, one at a time, until all have come, enough have, or the deadline is there.
+
+        A node that was away, or went, is asked again when it is back.
+        """
+        waiting, absent, end = dict(out), list[Asked](), time.monotonic() + self._options.deadline_seconds
+        while (waiting or absent) and time.monotonic() < end and not enough():
             before = len(waiting)
             for id in list(waiting):
-                yield from self._pulled(id, waiting, gate)
+                for asked, reply in self._pulled(id, waiting, gate):
+                    if is_unreached(reply):
+                        absent.append(asked)
+                    else:
+                        yield asked, reply
                 if enough():
                     break
             if len(waiting) == before:
                 time.sleep(SECONDS_BETWEEN_PULLS)
+                waiting |= self._push_again(absent) if absent else {}
         self._late |= waiting
 
     def _pulled(self, id: str, waiting: dict[str, Asked], gate: Gate) -> Iterator[tuple[Asked, Message]]:
@@ -316,7 +340,7 @@ class Fleet:
             yield asked, replies.pop()
 
     def _count_late(self, gate: Gate) -> None:
-        """Count the replies to rounds before this one that have come since, and drop them."""
+        """Count the replies that have come since a round went on without them, and drop them."""
         for id in [id for id, asked in self._late.items() if asked.nonce]:
             late = {id: self._late[id]}
             for asked, _ in self._pulled(id, late, gate):

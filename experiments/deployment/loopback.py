@@ -74,7 +74,8 @@ class Loopback:
             self.relay.__enter__()
             self.start_link()
             for node in self.nodes.values():
-                self.start(node.name)
+                if node.register:
+                    self.start(node.name)
         except BaseException:
             self.__exit__(None, None, None)
             raise
@@ -89,8 +90,15 @@ class Loopback:
     def start_link(self) -> None:
         """Start the SuperLink, which remembers the nodes that are registered, and wait until it answers."""
         keys = self._keys
-        files = ["--ssl-ca-certfile", keys / "ca.crt", "--ssl-certfile", keys / "server.pem", "--ssl-keyfile", keys / "server.key"]
-        address = ["--host", HOST, "--port", str(self.port), "--database", self.folder / "link.db"]
+        files: list[str | Path] = [
+            "--ssl-ca-certfile",
+            keys / "ca.crt",
+            "--ssl-certfile",
+            keys / "server.pem",
+            "--ssl-keyfile",
+            keys / "server.key",
+        ]
+        address: list[str | Path] = ["--host", HOST, "--port", str(self.port), "--database", self.folder / "link.db"]
         flags = ["--enable-supernode-auth", "--disable-runtime-dependency-installation"]
         self._start("superlink", ["flower-superlink", *files, *address, *flags])
         self._wait(lambda: _answers(self.port), "superlink")
@@ -99,12 +107,31 @@ class Loopback:
                 self.flwr("supernode", "register", keys / f"{node.name}.pub", "loopback", "--name", node.name)
                 (self.folder / f"{node.name}.registered").touch()
 
-    def start(self, name: str) -> None:
-        """Start a node."""
+    def start(self, name: str, seconds: float = SECONDS_TO_START) -> None:
+        """Start a node and wait until the SuperLink has let it in.
+
+        A SuperLink refuses a node as long as it takes it for connected, which is a minute after it was killed: it is then tried again.
+
+        Raises:
+            LoopbackError: it is not let in.
+        """
+        deadline = time.monotonic() + seconds
+        while True:
+            self._start_node(name)
+            said = self.log(name).stat().st_size
+            while self.alive(name):
+                if b"SuperNode ID" in self.log(name).read_bytes()[said:]:
+                    return
+                time.sleep(0.2)
+            if time.monotonic() > deadline:
+                raise LoopbackError(f"{name} was not let in; see {self.log(name)}.")
+            time.sleep(3)
+
+    def _start_node(self, name: str) -> None:
         node, key = self.nodes[name], self._keys / name
         address = ["--superlink", f"{HOST}:{self.relay.port}", "--host", HOST, "--port", str(self._node_ports[name])]
         config = f'data-dir="{node.data.absolute()}" key="{key}"'
-        trust = ["--root-certificates", self._keys / "ca.crt", "--auth-supernode-private-key", key]
+        trust: list[str | Path] = ["--root-certificates", self._keys / "ca.crt", "--auth-supernode-private-key", key]
         self._start(name, ["flower-supernode", *trust, *address, "--node-config", config], node.environment)
 
     def kill(self, name: str) -> None:

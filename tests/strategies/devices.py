@@ -1,6 +1,6 @@
 """Real devices without the network: a Flower grid in this process whose nodes run the app on folders and keys of their own."""
 
-import dataclasses
+import json
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -13,10 +13,12 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import Context, Message, RecordDict
 from flwr.serverapp import Grid
 
+from clients import messages
 from clients.app import app
+from clients.device import KEPT_IN, digest_of
 from clients.identity import Identity, assume
 from clients.roster import Roster
-from clients.signing import public_of
+from clients.signing import public_of, read_private, sign
 from tests.speech_folder import spoken_digits
 
 RUN = 1
@@ -34,6 +36,7 @@ class Device:
     key: Path
     users: int = 1
     hook: Hook | None = None
+    keyless: bool = False
     public: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -44,6 +47,10 @@ class Device:
             self.key.chmod(0o600)
         private: Any = serialization.load_ssh_private_key(self.key.read_bytes(), None)
         self.public = public_of(private)
+
+    def forget(self) -> None:
+        """Take away what it keeps between rounds."""
+        shutil.rmtree(self.folder / KEPT_IN, ignore_errors=True)
 
 
 class Devices(Grid):
@@ -98,7 +105,8 @@ class Devices(Grid):
     def _answers(self, request: Message) -> list[Message]:
         node = request.metadata.dst_node_id
         device = self.devices[node]
-        config: dict[str, Any] = {"data-dir": str(device.folder), "key": str(device.key), "name": device.name}
+        config: dict[str, Any] = {"data-dir": str(device.folder), "name": device.name}
+        config |= {} if device.keyless else {"key": str(device.key)}
         before = assume(Identity(RUN, node))
         try:
             reply = app(request, Context(RUN, node, config, RecordDict(), {}))
@@ -148,4 +156,31 @@ def revoked(path: Path, name: str) -> None:
     Roster.read(path).revoke(name).write(path)
 
 
-replaced = dataclasses.replace
+def said_otherwise(device: Device, change: Callable[[dict[str, Any]], Any], *, sign_again: bool = True) -> Hook:
+    """Return a hook that changes what a reply says, and signs it again with the device's key."""
+
+    def hook(request: Message, reply: Message) -> list[Message]:
+        config = reply.content.config_records["reply"]
+        said = json.loads(str(config["said"]))
+        change(said)
+        config["said"] = json.dumps(said)
+        if sign_again:
+            config["signature"] = sign(read_private(device.key), str(config["said"]).encode())
+        return [reply]
+
+    return hook
+
+
+def sent_otherwise(device: Device, payload: Callable[[bytes], bytes]) -> Hook:
+    """Return a hook that sends other updates than were trained, rightly signed."""
+
+    def hook(request: Message, reply: Message) -> list[Message]:
+        arrays = reply.content.array_records["updates"]
+        sent = {int(user): payload(array.data) for user, array in arrays.items()}
+        said = json.loads(str(reply.content.config_records["reply"]["said"]))
+        for of in said["users"]:
+            of["payload"] = digest_of(sent[of["user"]]) if of["user"] in sent else None
+        reply.content = messages.device_reply(said, sent, lambda text: sign(read_private(device.key), text))
+        return [reply]
+
+    return hook
