@@ -77,11 +77,14 @@ class Pulls:
         if begun.missing is not None:  # ask for this one alone: all others would be fetched for nothing
             _there(client.PullObject(begun.missing))
         counted = _Counted(client.PullMessages, client.PullObject, begun, limit)
+        http, hooks = client._client, client._client.event_hooks
         client.PullMessages, client.PullObject = counted.messages, counted.object
+        http.event_hooks = hooks | {"response": [*hooks["response"], counted.before_the_body]}
         try:
             return list(self._grid.pull_messages([message_id]))
         finally:
             del client.PullMessages, client.PullObject  # the methods of its class are there again
+            http.event_hooks = hooks
 
 
 @dataclass
@@ -118,6 +121,11 @@ class _Counted:
             with self.lock:
                 self._count(request.object_id, response.object_content)
         return response
+
+    def before_the_body(self, response: httpx.Response) -> None:
+        """Stop before a single object that is too long is read. What Flower writes around it is under the size of a page."""
+        if int(response.headers.get("content-length", 0)) > self.limit + 4096:
+            raise Oversized(f"over {self.limit} bytes")
 
     def _count(self, id: str, content: bytes) -> None:
         """Count an object, and what is made of it: each time that an array names a piece, its bytes are written out once more."""

@@ -29,6 +29,7 @@ class Link:
         self.tree, self.message = get_object_tree(message), message_to_proto(remove_content_from_message(message))
         self.given = self.asked = 0
         self.down = False
+        self._client = httpx.Client()  # where Flower's client has its own
 
     def PullMessages(self, request):  # noqa: N802  Flower's names
         self.given += 1
@@ -99,6 +100,7 @@ def test_a_reply_comes_as_it_was_sent_and_the_client_is_left_as_it_was():
     assert message.content.array_records["updates"]["0"].data == b"abc" * 1000
     assert message.content.config_records["reply"]["said"] == "x"
     assert not {"PullMessages", "PullObject"} & {*vars(link)}
+    assert link._client.event_hooks == {"request": [], "response": []}
 
 
 def test_what_is_not_there_whole_is_not_waited_for_and_comes_later():
@@ -132,6 +134,25 @@ def test_a_superlink_that_is_gone_on_the_way_is_asked_again():
         pulls.pull("id", LIMIT)
     link.down = False
     assert len(pulls.pull("id", LIMIT)) == 1
+
+
+def test_an_object_that_is_too_long_is_not_read_at_all():
+    read = []
+
+    def body():
+        read.append(0)
+        yield b"x"
+
+    def answer(request):
+        return httpx.Response(200, headers={"content-length": "1000000000"}, content=body())
+
+    link = Link(reply(of(b"abc")))
+    link._client = httpx.Client(transport=httpx.MockTransport(answer))
+    link.PullObject = lambda request: link._client.post("https://link/v1/runtime/pull-object")
+    pulls = before(link)
+    with pytest.raises(Oversized):
+        pulls.pull("id", LIMIT)
+    assert not read
 
 
 def test_no_more_than_the_limit_is_fetched():
