@@ -20,6 +20,9 @@ from flwr.supercore.inflatable.inflatable_object import get_object_head_values_f
 PIECE = "ArrayChunk"
 """Flower's name for what the bytes of an array are made of."""
 
+AROUND = 4096
+"""Bytes that Flower writes around an object, at most."""
+
 
 class Oversized(Exception):  # noqa: N818 - an event to count
     """A reply with more bytes than it may have; the rest of it was not fetched."""
@@ -45,7 +48,7 @@ class Pulls:
     """
 
     def __init__(self, grid: Grid) -> None:
-        self._grid, self._begun = grid, dict[str, _Begun]()
+        self._grid, self._begun, self._limit = grid, dict[str, _Begun](), 0
 
     def pull(self, message_id: str, limit: int) -> list[Message]:
         """Return the reply to a message as `Grid.pull_messages` does; nothing as long as it is not there whole.
@@ -77,14 +80,20 @@ class Pulls:
         if begun.missing is not None:  # ask for this one alone: all others would be fetched for nothing
             _there(client.PullObject(begun.missing))
         counted = _Counted(client.PullMessages, client.PullObject, begun, limit)
-        http, hooks = client._client, client._client.event_hooks
+        hooks, self._limit = client._client.event_hooks, limit
+        if self._before_the_body not in hooks["response"]:
+            client._client.event_hooks = hooks | {"response": [*hooks["response"], self._before_the_body]}
         client.PullMessages, client.PullObject = counted.messages, counted.object
-        http.event_hooks = hooks | {"response": [*hooks["response"], counted.before_the_body]}
         try:
             return list(self._grid.pull_messages([message_id]))
         finally:
             del client.PullMessages, client.PullObject  # the methods of its class are there again
-            http.event_hooks = hooks
+
+    def _before_the_body(self, response: httpx.Response) -> None:
+        """Stop before a single object that is too long is read. It stays: Flower's threads may go on when a pull is over."""
+        pulled = response.request.url.path.endswith(("/pull-object", "/pull-messages"))
+        if pulled and int(response.headers.get("content-length", 0)) > self._limit + AROUND:
+            raise Oversized(f"over {self._limit} bytes")
 
 
 @dataclass
@@ -121,11 +130,6 @@ class _Counted:
             with self.lock:
                 self._count(request.object_id, response.object_content)
         return response
-
-    def before_the_body(self, response: httpx.Response) -> None:
-        """Stop before a single object that is too long is read. What Flower writes around it is under the size of a page."""
-        if int(response.headers.get("content-length", 0)) > self.limit + 4096:
-            raise Oversized(f"over {self.limit} bytes")
 
     def _count(self, id: str, content: bytes) -> None:
         """Count an object, and what is made of it: each time that an array names a piece, its bytes are written out once more."""
