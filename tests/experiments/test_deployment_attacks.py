@@ -16,7 +16,7 @@ from tests.strategies.devices import Device, speakers_apart
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
-DEADLINE, SLACK = 75.0, 64 << 20
+DEADLINE, SLACK = 75.0, 16 << 20
 
 PLAN: dict[str, str | None] = {
     "honest": None,
