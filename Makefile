@@ -1,11 +1,13 @@
 # make run            set everything up in .venv and train federated speech recognition on the embedded corpus
 # make run DATA=dir   the same on your own recordings (no speech synthesiser is installed)
+# make run EXPERIMENT=my.toml  an experiment file of your own
 # make stamps         fetch recordings in five languages into data/stamps (DIR=folder: elsewhere), without installing anything
 # make test           the tests;  make test-all  the slow ones too;  make lint  style and types
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
+EXPERIMENT ?= experiments/quickstart.toml
 ROUNDS ?=
 OUT ?=
 STAMPS := tuxpaint-stamps-default
@@ -20,7 +22,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 .PHONY: run stamps test test-all lint clean
 
 run: $(VENV)/.ready $(if $(DATA),,$(VENV)/.speech)
-	$(BIN)/fedclip run experiments/quickstart.toml $(if $(DATA),--data-dir "$(DATA)") $(OPTIONS)
+	$(BIN)/fedclip run "$(EXPERIMENT)" $(if $(DATA),--data-dir "$(DATA)") $(OPTIONS)
 
 # Tux Paint's stamps with their spoken descriptions: Debian's package, 161 MB, 230 MB unpacked, GPL-2. They are read where they are and belong to no release.
 stamps: DIR ?= data/stamps

@@ -25,7 +25,7 @@ class Engine(Protocol):
     """A run's rounds, one after another.
 
     Attributes:
-        keep: makes what was released durable before the server step; None: nothing does.
+        keep: called with what was released before the server step, to make it durable; None: nothing is.
         command: of `fedclip`, which makes such runs and goes on with them.
     """
 

@@ -100,8 +100,8 @@ class Reporter:
         if self._live is not None:
             self._live.update(self._shown())
 
-    def end(self, summary: dict[str, Any], path: Path, errors: list[str], resume_by: str | None = None) -> None:
-        """Say how the run ended, where its folder is, and the command to go on with it where there is something left to do."""
+    def end(self, summary: dict[str, Any], path: Path, errors: list[str], resume_by: str | None = None, page: str = "") -> None:
+        """Say how the run ended, where its folder is, what became of its page, and how to go on with it where something is left to do."""
         if self._live is not None:
             self._live.stop()
         failed = summary.get("failed_users_total")
@@ -123,7 +123,9 @@ class Reporter:
                 self._console.print(Guarantee(**summary[key]).describe(), highlight=False, soft_wrap=True)
         if "privacy" in summary:
             self._console.print(summary["privacy"], highlight=False, soft_wrap=True)
-        self._console.print(f"run folder: {path}", highlight=False, soft_wrap=True)
+        for line in (f"run folder: {path}", page):
+            if line:
+                self._console.print(line, highlight=False, markup=False, soft_wrap=True)
         if resume_by is not None:
             self._console.print(f"to go on: fedclip {resume_by} --resume {shlex.quote(str(path))}", highlight=False, soft_wrap=True)
 

@@ -30,7 +30,7 @@ class Progress:
         downlink: payload bytes down.
         steady: payload bytes up of a user, in the last round that had any: after a warm-up what one costs from then on.
         seconds: time that the run took, over all the processes that worked on it.
-        saving_seconds: of that, the time for ledger, releases and checkpoints.
+        saving_seconds: of that, the time that rounds waited for releases and checkpoints.
         metrics: the last value of each metric.
         best: round, metric and value of the best model so far; empty before the first evaluation.
         faults: how often each of `FAULTS` came about; those that did.

@@ -1,6 +1,7 @@
 """The loop of a run: rounds, evaluation, records, checkpoints, and an orderly end whatever happens."""
 
 import dataclasses
+import shlex
 import time
 import traceback
 from collections.abc import Callable
@@ -8,12 +9,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from experiments.behind import Behind
 from experiments.curves import draw_curves
 from experiments.engines import Engine
 from experiments.folder import CHECKPOINTS, STATES, RunFolder, read_metrics, stamp_of, withholds
 from experiments.live import Reporter
 from experiments.prepare import Prepared
-from experiments.progress import FAULTS, Progress
+from experiments.progress import Progress
+from experiments.rows import row_of, times_of
 from fedclip.account import BudgetSpent, LedgerError
 from fedclip.asr.metrics import speaker_rows
 from fedclip.checkpoints import Checkpoint, CheckpointError, Checkpoints
@@ -23,16 +26,11 @@ from fedclip.options import ConfigError
 from fedclip.process import peak_memory
 from fedclip.round import Released
 from fedclip.storage import Storage
-from fedclip.tally import Tally, number
 from fedclip.user_states import StatesInFolder
 from strategies.naming import run_digest
 
 DONE, CHECK_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 """Exit status of every command."""
-
-STAGES = ("load", "train", "chain", "fold", "release", "server")
-"""What a round's time goes to: waiting for users' data, local training, client chain and encoding, decoding and guard and sum, noise and
-division, server chain. The first four are added up over users, whichever worker they were on."""
 
 
 class Run:
@@ -58,7 +56,12 @@ class Run:
         self._withholds = withholds(prepared.experiment)
         self._checkpoints = Checkpoints(path / CHECKPOINTS, name or run_digest(prepared.experiment), self._storage)
         self._start = time.perf_counter()
-        engine.keep = self._timed(self._checkpoints.keep_released) if engine.account is not None else None
+        # A round's checkpoint is written while the next one trains, and is durable before anything of that one is. Not of central training,
+        # which changes in place what is written, nor where users or their devices keep states that go by what is durable here.
+        self._behind, self._beside = Behind(), engine.command == "run" and not prepared.method.stateful
+        engine.keep = self._keep
+        if engine.account is not None:
+            engine.account.before_line = self.wait
         try:
             self._resume() if resume else self._begin()
         except (CheckpointError, LedgerError, OSError) as error:
@@ -70,8 +73,18 @@ class Run:
         """The time that the run took so far."""
         return self.progress.seconds + time.perf_counter() - self._start
 
+    def wait(self) -> None:
+        """Wait until the last checkpoint is durable, and raise what kept it from that."""
+        self._timed(self._behind.wait)
+
     def rounds(self, reporter: Reporter) -> str:
-        """Do the rounds that are left and return how it ended."""
+        """Do the rounds that are left and return how it ended; all that was done is durable then."""
+        try:
+            return self._rounds(reporter)
+        finally:
+            self.wait()
+
+    def _rounds(self, reporter: Reporter) -> str:
         experiment, private = self.prepared.experiment, self.prepared.method.private
         while self.engine.state.round < experiment.run.rounds:
             try:
@@ -144,7 +157,7 @@ class Run:
                     self.folder.save_model(engine.state.params, engine.layout, engine.state.round, "best")
         finally:  # a round that is done is kept, whatever becomes of its evaluation
             self.progress.metrics |= {k: v for k, v in row.items() if isinstance(v, float | int)}
-            self._save(self.folder.record(row))
+            self._save(self.folder.record(row), self._beside)
             self.folder.beat(row["round"], "running", self.seconds)
         return row
 
@@ -157,22 +170,30 @@ class Run:
         self.folder.save_speakers(speaker_rows(counts))
         return self.prepared.task.summarise(counts, 0)
 
-    def _save(self, metrics_bytes: int) -> None:
+    def _save(self, metrics_bytes: int, beside: bool = False) -> None:
         account = self.engine.account
         notes = {"metrics_bytes": metrics_bytes, "progress": self.progress.plain() | {"seconds": self.seconds}}
         if hasattr(self.engine, "remembered"):
             notes["remembered"] = self.engine.remembered
         point = Checkpoint(self.engine.state, len(account.charges) if account else 0, account.head if account else "", notes)
         keep = [self.progress.best["round"]] if self.progress.best else []
-        self._timed(lambda saved: self._checkpoints.save(saved, keep))(point)
+        if beside:
+            self._timed(lambda: self._behind.start(lambda: self._checkpoints.save(point, keep)))
+        else:
+            self._timed(lambda: self._checkpoints.save(point, keep))
 
-    def _timed(self, call: Callable[[Any], None]) -> Callable[[Any], None]:
-        def timed(argument: Checkpoint | Released) -> None:
-            start = time.perf_counter()
-            call(argument)
+    def _keep(self, released: Released) -> None:
+        self.wait()
+        if self.engine.account is not None:
+            self._timed(lambda: self._checkpoints.keep_released(released))
+
+    def _timed(self, call: Callable[[], None]) -> None:
+        """Do what the rounds have to wait for."""
+        start = time.perf_counter()
+        try:
+            call()
+        finally:
             self.progress.saving_seconds += time.perf_counter() - start
-
-        return timed
 
 
 def run_rounds(prepared: Prepared, engine: Engine, path: Path, reporter: Reporter, resume: bool = False) -> int:
@@ -217,54 +238,25 @@ def run_rounds(prepared: Prepared, engine: Engine, path: Path, reporter: Reporte
         status = "failed"
         progress.errors.insert(0, f"the end of the run could not be written: {error}")
         summary["status"] = status
+    page = _leave_page(path) if engine.state.round else ""
     run.folder.close()
-    reporter.end(summary, path, progress.errors, engine.command if status in ("interrupted", "failed") else None)
+    reporter.end(summary, path, progress.errors, engine.command if status in ("interrupted", "failed") else None, page)
     return {"done": DONE, "budget spent": DONE, "interrupted": INTERRUPTED}.get(status, CHECK_FAILED)
+
+
+def _leave_page(path: Path) -> str:
+    """Make the run's `report.html` and return what there is to say of it; a page that cannot be made fails no run."""
+    try:
+        from experiments.report.command import write_page  # not in a Flower bundle, which takes no HTML
+
+        return f"report: {write_page(path)}"
+    except Exception as error:  # noqa: BLE001  the run is done, and its page can be made at any time
+        return f"report.html was not made ({type(error).__name__}: {error}); fedclip report {shlex.quote(str(path))} makes it"
 
 
 def _is_due(round: int, experiment: Experiment) -> bool:
     every = experiment.evaluation.every
     return round == experiment.run.rounds or bool(every and round % every == 0)
-
-
-def times_of(tally: Tally, seconds: float, workers: int) -> dict[str, float]:
-    """Return what the time of a round went to; nothing where it was not measured."""
-    if "train_seconds" not in tally:
-        return {}
-    of_stages = {f"{stage}_seconds": number(tally, f"{stage}_seconds") for stage in STAGES}
-    return of_stages | {"trainer_busy": of_stages["train_seconds"] / (seconds * workers)}
-
-
-def row_of(tally: Tally, round: int, attempt: int, seconds: float, *, public: bool = False) -> dict[str, Any]:
-    """Return the line of `metrics.jsonl` for a round: sums become means over the users who gave an update.
-
-    `public` leaves out all that is not private: what is left was released, or follows from it.
-    """
-    if public:
-        released = {name.removeprefix("server."): value for name, value in tally.items() if name.startswith("server.")}
-        return {"round": round, "attempt": attempt, "round_seconds": seconds} | released
-    users, losses = number(tally, "users"), number(tally, "losses")
-    row: dict[str, Any] = {
-        "round": round,
-        "attempt": attempt,
-        "train_loss": number(tally, "train_loss") / losses if losses else None,
-        "users": int(users),
-        "failed_users": int(number(tally, "failed_users")),
-        "uplink_bytes": int(number(tally, "uplink_bytes")),
-        "downlink_bytes": int(number(tally, "downlink_bytes")),
-        "users_per_second": users / seconds,
-        "round_seconds": seconds,
-    }
-    for name, value in tally.items():
-        stage, _, measured = name.partition(".")
-        if stage == "chain" and users:
-            row.setdefault(measured, [v / users for v in value] if isinstance(value, list) else value / users)  # real devices name it
-        elif stage == "server":
-            row[measured] = value
-    for name in ("not_finite", "users_without_data", "examples_left_out", "unanswered_users", *FAULTS):
-        if number(tally, name):
-            row[name] = int(number(tally, name))
-    return row
 
 
 def _traffic(run: Run) -> dict[str, Any]:

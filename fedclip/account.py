@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -108,6 +109,9 @@ class Account:
         extrapolation: the same noise on the mean at another population and cohort: their sampler and noise multiplier.
         storage: the disk.
 
+    Attributes:
+        before_line: called before a line is written, to wait for what has to be durable by then; None: there is nothing.
+
     Raises:
         LedgerError: the file is there and cannot be trusted, or is of another mechanism.
         ValueError: delta or the budget is out of range.
@@ -130,6 +134,7 @@ class Account:
         self.sampler, self.noise_multiplier, self.delta, self.budget, self.path = sampler, noise_multiplier, delta, budget, path
         self._extrapolation, self._storage = extrapolation, storage or Storage()
         self.charges, self._torn = _read_ledger(path, self._storage) if path is not None else ([], 0)
+        self.before_line: Callable[[], None] | None = None
         self._affordable: int | None = None
         self._foreseen: tuple[int, Future[Guarantee]] | None = None
         for charge in self.charges:
@@ -210,6 +215,8 @@ class Account:
             raise ValueError(f"Expected a release at z = {self.noise_multiplier}, the account's, got z = {noise_multiplier}.")
         event = str(self.sampler.event(noise_multiplier))
         description = json.loads(json.dumps(describe_stage(self.sampler)))
+        if self.before_line is not None:
+            self.before_line()
         charge = Charge(run, round, attempt, description, self.sampler.rate, noise_multiplier, bound, event, self.head, of)
         if self.path is not None:
             append(self._storage, self.path, (charge.line() + "\n").encode("ascii"))

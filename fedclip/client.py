@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -191,7 +192,8 @@ class Client:
         weight = user_weight(len(examples), self.spec.weighting, self.spec.max_examples)
         if self.spec.private:
             update = scale(update, weight)
-        ctx = Ctx(self.layout, streams.generator("chain", user), streams.round, self.params, weight, self.wire.support)
+        stream = cache(partial(streams.generator, "chain", user))
+        ctx = Ctx(self.layout, stream, streams.round, self.params, weight, self.wire.support)
         step = self.chain.apply(update, state, ctx)
         if self.chain.guard is None:
             self.spec.grid.check(step.update, weight)  # what the sum would refuse must not count as sent
@@ -328,6 +330,8 @@ def unpack_bits(packed: bytes, count: int) -> np.ndarray:
     """
     if len(packed) != -(-count // 8):
         raise WireError(f"Expected {count} clip bits in {-(-count // 8)} bytes, got {len(packed)} bytes.")
+    if not count:
+        return np.zeros(0, dtype=np.int64)
     return 2 * np.unpackbits(np.frombuffer(packed, dtype=np.uint8), count=count).astype(np.int64) - 1
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from fedclip.layout import Layout
-from fedclip.update import Dense, Update, to_dense
+from fedclip.update import Dense, Scaled, Update, to_dense
 
 HEADER = struct.Struct("<4sBxxxQI")
 """Magic, version, three zero bytes, number of values, CRC-32 of the values; 20 bytes, little-endian."""
@@ -71,7 +71,7 @@ class DenseCodec(Codec):
     def carried(self, update: Update, layout: Layout) -> tuple[Update, int]:
         """Return the update itself and the 20 + 4 d bytes that nobody needs to make, where it is what `decode` would return."""
         if isinstance(update, Dense) and update.grid is None:
-            vector = update.vector
+            vector = update.unscaled if isinstance(update, Scaled) else update.vector
             if (vector.shape, vector.dtype, vector.requires_grad) == ((layout.size,), torch.float32, False):
                 return update, HEADER.size + 4 * layout.size
         return super().carried(update, layout)

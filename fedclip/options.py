@@ -6,6 +6,7 @@ Imports no PyTorch: whoever mistypes a key is told at once.
 import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
 from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
@@ -73,6 +74,11 @@ def without_defaults(
 
 
 def _checked(function: Callable[..., Any], given: Mapping[str, Any], where: str, hidden: Mapping[str, Any]) -> BaseModel:
+    return validate(_model_of(function, frozenset(hidden)), given, where)
+
+
+@lru_cache(maxsize=128)  # a worker builds the same stages in every round, and a model takes a millisecond to make
+def _model_of(function: Callable[..., Any], hidden: frozenset[str]) -> type[BaseModel]:
     fields: dict[str, Any] = {}
     for name, parameter in inspect.signature(function).parameters.items():
         if name not in hidden:
@@ -81,7 +87,7 @@ def _checked(function: Callable[..., Any], given: Mapping[str, Any], where: str,
     model: type[BaseModel] = create_model(
         function.__name__, __config__=ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True), **fields
     )
-    return validate(model, given, where)
+    return model
 
 
 def validate(model: type[T], values: Any, where: str = "") -> T:

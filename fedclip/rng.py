@@ -9,6 +9,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from numpy.random.bit_generator import ISeedSequence
 
 Purpose = Literal["cohort", "data", "batches", "training", "chain", "noise", "server", "downlink", "evaluation"]
 """What a stream is for. Two purposes never share a stream, whatever the rest of the key."""
@@ -33,7 +34,8 @@ class Streams:
 
     def generator(self, purpose: Purpose, user: int | None = None) -> np.random.Generator:
         """Return a fresh generator at the beginning of its stream; with a secret the same key gives the same numbers."""
-        return np.random.Generator(np.random.Philox(key=int.from_bytes(self._key(purpose, user), "big")))
+        key = _Key(int.from_bytes(self._key(purpose, user), "big"))
+        return np.random.Generator(np.random.Philox(key))  # type: ignore[arg-type]  # NumPy's stub leaves its own interface out
 
     @contextmanager
     def torch_seeded(self, purpose: Purpose, user: int | None = None, device: str = "cpu") -> Iterator[None]:
@@ -58,3 +60,14 @@ class Streams:
             return secrets.token_bytes(16)
         parts = [self.secret, self.run, str(self.round), str(self.attempt), "" if user is None else str(user), purpose]
         return hashlib.blake2b("\x1f".join(parts).encode(), digest_size=16).digest()
+
+
+class _Key(ISeedSequence):
+    """Gives `Philox` its key: the stream is that of `Philox(key=...)`, which would ask the system for entropy first, and not use it."""
+
+    def __init__(self, key: int) -> None:
+        self._words = (key & (1 << 64) - 1, key >> 64)
+
+    def generate_state(self, n_words: int, dtype: object = np.uint64) -> np.ndarray:
+        """Return the two words of the key."""
+        return np.array(self._words, dtype=np.uint64)

@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -47,7 +47,7 @@ class Ctx:
 
     Attributes:
         layout: how the vector is made up.
-        rng: this user's stream for the chain.
+        stream: this user's stream for the chain, or what gives it, the same object whenever it is called: most chains never draw.
         round: round number, from 1.
         params: the parameters that the user started from, shape (d,).
         weight: this user's weight, in (0, 1] under privacy.
@@ -55,11 +55,16 @@ class Ctx:
     """
 
     layout: Layout
-    rng: np.random.Generator
+    stream: np.random.Generator | Callable[[], np.random.Generator]
     round: int
     params: torch.Tensor
     weight: float = 1.0
     support: torch.Tensor | None = None
+
+    @property
+    def rng(self) -> np.random.Generator:
+        """This user's stream for the chain."""
+        return self.stream if isinstance(self.stream, np.random.Generator) else self.stream()
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -69,6 +70,30 @@ class Sparse:
     indices: torch.Tensor
     values: torch.Tensor
     grid: Grid | None = None
+
+
+class Scaled(Dense):
+    """A dense update, parts of which are still to be multiplied by a factor each.
+
+    Its vector is made when somebody asks for it. A sum on the CPU never does: it multiplies what it has in its caches anyway, and saves
+    a pass over memory.
+
+    Args:
+        unscaled: float32, shape (d,); whoever overwrites it takes the update with it.
+        parts: the length of each part and its factor, in order.
+    """
+
+    def __init__(self, unscaled: torch.Tensor, parts: Sequence[tuple[int, float]]) -> None:
+        self.unscaled, self.parts = unscaled, parts
+
+    @cached_property
+    def vector(self) -> torch.Tensor:
+        """The float32 products, shape (d,)."""
+        vector, lengths = torch.empty_like(self.unscaled), [length for length, _ in self.parts]
+        pairs = zip(torch.split(vector, lengths), torch.split(self.unscaled, lengths), strict=True)
+        for (out, values), (_, factor) in zip(pairs, self.parts, strict=True):
+            torch.mul(values, factor, out=out)
+        return vector
 
 
 Update = Dense | Sparse
@@ -185,14 +210,21 @@ def norm(update: Update) -> float:
 
 def scale(update: Update, factor: float) -> Update:
     """Return the update times a number; the same object where the factor is 1."""
-    return update if factor == 1.0 else with_values(update, times(values_of(update), factor))
+    if factor == 1.0:
+        return update
+    if isinstance(update, Dense) and is_float32_factor(factor):
+        return Scaled(update.vector, ((len(update.vector), factor),))
+    return with_values(update, times(values_of(update), factor))
 
 
 def scale_layers(update: Update, layout: Layout, factors: Sequence[float]) -> Update:
     """Return the update with each layer times its factor; the same object where all factors are 1."""
     if all(f == 1.0 for f in factors):
         return update
-    if isinstance(update, Sparse) and all(_is_float32_factor(f) for f in factors):
+    lossless = all(is_float32_factor(f) for f in factors)
+    if isinstance(update, Dense) and lossless:
+        return Scaled(update.vector, [(size, factors[h]) for size, h in zip(layout.sizes, layout.layer_of, strict=True)])
+    if isinstance(update, Sparse) and lossless:
         # A factor a value, in few operations: a tensor keeps few values. The products are those of `times`.
         each = torch.tensor([factors[h] for h in layout.layer_of], dtype=torch.float32)
         of_values = each.repeat_interleave(torch.tensor(layout.counts(update.indices), dtype=torch.int64))
@@ -219,13 +251,14 @@ def to_dense(update: Update, layout: Layout) -> torch.Tensor:
     return vector.index_copy_(0, update.indices, update.values)
 
 
-def _is_float32_factor(factor: float) -> bool:
+def is_float32_factor(factor: float) -> bool:
+    """Return whether a factor, taken as a float32 number, loses no bits and does not overflow."""
     smallest, largest = FLOAT32_FACTORS
     return factor == 0.0 or smallest <= factor <= largest
 
 
 def times(values: torch.Tensor, factor: float) -> torch.Tensor:
     """Return float32 values times a number of any size."""
-    if _is_float32_factor(factor):
+    if is_float32_factor(factor):
         return values * factor
     return (values.double() * factor).float()

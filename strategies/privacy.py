@@ -61,8 +61,16 @@ def larger_sampler(experiment: Experiment, users: int) -> "Sampler":
     return build_sampler(experiment.model_copy(update={"sampler": larger}), privacy.noise_population or users)
 
 
+def releases(experiment: Experiment) -> int:
+    """Return how many releases all the rounds of an experiment make: one each, and one for each evaluation that devices do."""
+    rounds, every = experiment.run.rounds, experiment.evaluation.every
+    if experiment.evaluation.on != "devices":
+        return rounds
+    return rounds + (rounds // every + (rounds % every > 0) if every else 1)
+
+
 def calibrated(experiment: Experiment, users: int) -> Experiment:
-    """Return the experiment with the noise multiplier that its target epsilon takes over its rounds, and the target as its budget.
+    """Return the experiment with the noise multiplier that its target epsilon takes over its releases, and the target as its budget.
 
     With `noise_cohort_size` the target is that of the larger cohort, and this run, which costs more, has no budget from it.
     """
@@ -73,7 +81,7 @@ def calibrated(experiment: Experiment, users: int) -> Experiment:
 
     larger = privacy.noise_cohort_size is not None
     sampler = larger_sampler(experiment, users) if larger else build_sampler(experiment, users)
-    z = calibrate_noise(sampler, privacy.target_epsilon, experiment.run.rounds, privacy.delta)
+    z = calibrate_noise(sampler, privacy.target_epsilon, releases(experiment), privacy.delta)
     budget = privacy.epsilon_budget if larger else privacy.epsilon_budget or privacy.target_epsilon
     options = privacy.model_copy(update={"noise_multiplier": z, "target_epsilon": None, "epsilon_budget": budget})
     return experiment.model_copy(update={"privacy": options})

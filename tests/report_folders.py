@@ -1,6 +1,7 @@
 """Run folders with known numbers, for tests of reports."""
 
 import json
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -74,18 +75,19 @@ CASES = (("dense", 0.2, 1000), ("int8", 0.25, 250))
 """Cases of a sweep: name, error, bytes up."""
 
 
-def sweep_folder(path: Path, cases: tuple[tuple[str, float, int], ...] = CASES) -> Path:
-    """Write a sweep of cases by two seeds, and one trial that waits."""
+def sweep_folder(path: Path, cases: tuple[tuple[str, float, int], ...] = CASES, noises: tuple[float | None, ...] = (None,)) -> Path:
+    """Write a sweep of cases by levels of noise by two seeds, and one trial that waits."""
     path.mkdir()
     trials = []
     for case, error, up in cases:
-        for seed in (1, 2):
-            folder = f"trials/{case}-seed={seed}"
-            run_folder(path / folder, error=error + 0.02 * seed, up=up, seed=seed, settings={"codec": {"name": case}})
+        for noise, seed in product(noises, (1, 2)):
+            name = f"{case}-seed={seed}" if noise is None else f"{case}-noise={noise}-seed={seed}"
+            privacy = {} if noise is None else {"noise_cohort_size": 2000}
+            said = {"codec": {"name": case}, "privacy": privacy}
+            run_folder(path / "trials" / name, error=error + 0.02 * seed, up=up, seed=seed, noise=noise, settings=said)
             settings = {"codec.name": case, "run.seed": seed}
-            trials.append(
-                {"name": f"{case}-seed={seed}", "folder": folder, "settings": settings, "case": case, "seed": seed, "status": "done"}
-            )
+            settings |= {} if noise is None else {"privacy.noise_cohort_size": 2000, "privacy.noise_multiplier": noise}
+            trials.append({"name": name, "folder": f"trials/{name}", "settings": settings, "case": case, "seed": seed, "status": "done"})
     late = {"name": "dense-seed=3", "folder": "trials/late", "settings": {"codec.name": "dense", "run.seed": 3}, "case": "dense"}
     trials.append(late | {"seed": 3, "status": "waiting", "error": ""})
     sweep = {"name": "both", "base": "x.toml", "note": "Tuning costs privacy.", "keys": ["codec.name"], "trials": trials}

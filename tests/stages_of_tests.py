@@ -67,3 +67,16 @@ class Momentum(Transform):
 
     def has_momentum(self, ndim):
         return True
+
+
+@dataclass(frozen=True)
+class Draws(Transform):
+    """Says what it draws, one number after another, and alters nothing."""
+
+    stage_name = "draws"
+
+    def apply(self, update, state, ctx):
+        return Step(update, measurements={"drawn": (ctx.rng.random(), ctx.rng.random())})
+
+    def bound(self, incoming, layout):
+        return incoming

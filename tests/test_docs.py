@@ -63,7 +63,7 @@ def test_commands_and_their_options_exist(text: str) -> None:
         if words and words[0] == "make":
             assert words[1] in targets, line
         if words and Path(words[0]).name == "fedclip":
-            command = [words[1], *(words[2:3] if words[1] == "bench" else [])]
+            command = [words[1], *(words[2:3] if words[1] in ("bench", "keys") else [])]
             known = CliRunner().invoke(app, [*command, "--help"]).output
             assert all(word in known for word in words[2:] if word.startswith("--")), line
             assert all((PROJECT / word).is_file() for word in words if word.startswith("experiments/")), line

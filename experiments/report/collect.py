@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.report.looks import follows, looks, parts_of, telling
 from experiments.report.read import Json, Trial, curves_of, find_trials, idle, layers_of, rate_of, read_run, speakers_of
 from experiments.report.words import columns_of, sentence_of, short_names
 
@@ -150,7 +151,8 @@ def _stamps(found: Json, epsilon: float | None) -> list[str]:
 def _report(runs: list[Json], trials: Sequence[Trial]) -> Json:
     known = [run for run in runs if run["known"]]
     keys = _varied(known or runs, trials)
-    points = _points(runs, keys)
+    points = _points(runs, telling(keys, known or runs))
+    styles, legend = looks([point.pop("parts") for point in points], [point["ended"] for point in points])
     # A trial that waits has no configuration yet, but for what its sweep sets: it has no part in what is common.
     first: Json = known[0]["config"] if known else {}
     common = {key: value for key, value in first.items() if all(run["config"].get(key) == value for run in known)}
@@ -166,7 +168,8 @@ def _report(runs: list[Json], trials: Sequence[Trial]) -> Json:
         "rates": rates,
         "columns": columns_of(runs, keys[:MOST_COLUMNS]),
         "common": common,
-        "points": points,
+        "points": [point | {"style": style} for point, style in zip(points, styles, strict=True)],
+        "legend": legend,
         "fronts": {r: {axis: front([p for p in points if p["rate"] == r and p["ended"]], axis, r) for axis in AXES} for r in rates},
         "runs": [run | {"config": {k: v for k, v in run["config"].items() if not (run["known"] and k in common)}} for run in runs],
     }
@@ -181,7 +184,7 @@ def _varied(runs: Sequence[Json], trials: Sequence[Trial]) -> list[str]:
     cases = {key for trial in trials if trial.case for key, _ in trial.settings} if alone and any(t.case for t in trials) else set()
     texts = {key: {json.dumps(run["config"].get(key)) for run in runs} for key in every}
     varied = [key for key in every if len(texts[key]) > 1 and not _changes_nothing(key) and key != "run.init_digest"]
-    free = [key for key in varied if key not in cases or not _follows_case(key, runs)]
+    free = [key for key in varied if key not in cases or not follows(key, [], runs)]
     return sorted(free, key=lambda key: sum(key not in run["config"] for run in runs))
 
 
@@ -189,15 +192,7 @@ def _changes_nothing(key: str) -> bool:
     return any(key == name or (name.endswith(".") and key.startswith(name)) for name in NO_DIFFERENCE)
 
 
-def _follows_case(key: str, runs: Sequence[Json]) -> bool:
-    """Return whether a setting is the same in all runs of each case, so that the case says it."""
-    by_case: dict[str, set[str]] = {}
-    for run in runs:
-        by_case.setdefault(run["case"], set()).add(json.dumps(run["config"].get(key)))
-    return all(len(values) == 1 for values in by_case.values())
-
-
-def _points(runs: Sequence[Json], keys: Sequence[str]) -> list[Json]:
+def _points(runs: Sequence[Json], told: Sequence[str]) -> list[Json]:
     """Return a point for each configuration: means over its seeds and their range; of one run the 95% interval of its error rate.
 
     What it cost is of the round whose error rate it is. Runs that are not finished are of one point only where they stand alike.
@@ -215,12 +210,12 @@ def _points(runs: Sequence[Json], keys: Sequence[str]) -> list[Json]:
         point: Json = {"id": n, "runs": [run["id"] for run in members], "rate": first["rate"], "case": first["case"]}
         point["ended"], point["noisy"] = first["status"] in FINISHED, any(run["noisy"] for run in members)
         point["seeds"] = len({run["seed"] for run in members})
-        point["label"] = _label(members, keys) + ("" if point["ended"] else f" ({_stands(first)})")
+        point["label"] = _label(members, told) + ("" if point["ended"] else f" ({_stands(first)})")
         point["y"] = _spread([r["rate"] for r in results])
         if len(members) == 1:
             point["y"] |= {"low": results[0]["low"], "high": results[0]["high"]}
         point["x"] = {axis: _spread(values) for axis in AXES if all(values := [run["at"][axis] for run in members])}
-        point["values"] = {key: first["config"].get(key) for key in keys}
+        point["parts"] = parts_of(first["case"], first["config"], told)
         points.append(point)
     return points
 
@@ -234,23 +229,15 @@ def _spread(values: Sequence[float]) -> Json:
     return {"mean": sum(values) / len(values), "low": min(values), "high": max(values)}
 
 
-def _label(members: Sequence[Json], keys: Sequence[str]) -> str:
+def _label(members: Sequence[Json], told: Sequence[str]) -> str:
     """Return what tells a point from the others: a run's name where it is alone, else its case and settings."""
     if len(members) == 1:
         return str(members[0]["name"])
     alike: str = os.path.commonprefix([run["name"] for run in members]).rstrip("0123456789-_. /=")  # noqa: RUF071  names, not paths
     if alike and not members[0]["sweep"]:
         return alike
-    names, config = short_names(keys), members[0]["config"]
-    said = [members[0]["case"], *(f"{names[key]} {plain(config[key])}" for key in keys[:4] if config.get(key) is not None)]
+    said = parts_of(members[0]["case"], members[0]["config"], told, unset="")
     return ", ".join(filter(None, said)) or alike or str(members[0]["name"])
-
-
-def plain(value: Any) -> str:
-    """Return a setting as a person writes it."""
-    if isinstance(value, float):
-        return f"{value:g}"
-    return " + ".join(map(plain, value)) if isinstance(value, list) else str(value)
 
 
 def front(points: Iterable[Json], axis: str, rate: str) -> list[int]:

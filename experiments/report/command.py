@@ -1,5 +1,6 @@
 """What `fedclip report` does: write the page, the files of `--export`, and both anew while runs go on."""
 
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -30,6 +31,17 @@ def report_command(
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def write_page(run: Path) -> Path:
+    """Write the `report.html` of a run folder, and return where it is.
+
+    Raises:
+        ConfigError: it is no run folder, a file of it is damaged, or the page cannot be written.
+    """
+    file = run / "report.html"
+    _write(file, render(collect([run])))
+    return file
 
 
 def _watched(paths: Sequence[Path], file: Path, every: float, wait: Callable[[float], None]) -> Json:
@@ -67,7 +79,7 @@ def _progress(report: Json) -> str:
 
 
 def _write(file: Path, page: str) -> None:
-    temporary = file.with_name(f".{file.name}.new")
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")  # a run that ends writes its own while it is watched
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(page, encoding="utf-8")

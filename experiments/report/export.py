@@ -11,10 +11,11 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import EngFormatter
 
-from experiments.report.collect import plain
 from experiments.report.read import Json
-from experiments.report.words import RATE_NAMES
+from experiments.report.words import RATE_NAMES, plain
 from fedclip.options import ConfigError
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -157,17 +158,27 @@ def _tradeoff(report: Json, rate: str, axis: str) -> Figure:
     there = [point for point in report["points"] if point["rate"] == rate and axis in point["x"]]
     runs = [report["runs"][n] for point in there for n in point["runs"]]
     figure, axes = _axes(runs, AXIS_NAMES[axis], f"{RATE_NAMES[rate]}, %")
-    for n, point in enumerate(there):
+    for point in there:
         x, y = point["x"][axis], {end: 100 * value for end, value in point["y"].items()}
         bars = [[[s["mean"] - s["low"]], [s["high"] - s["mean"]]] for s in (x, y)]
-        style = {"color": COLOURS[n % len(COLOURS)], "marker": MARKERS[n % len(MARKERS)], "label": point["label"]}
+        colour, sign, _ = point["style"]
+        style = {"color": COLOURS[colour % len(COLOURS)], "marker": MARKERS[sign % len(MARKERS)], "label": point["label"]}
         style |= {} if point["ended"] else {"markerfacecolor": "none"}
         axes.errorbar(x["mean"], y["mean"], xerr=bars[0], yerr=bars[1], capsize=2, linestyle="", **style)
     front = [report["points"][n] for n in report["fronts"][rate][axis]]
     axes.plot([p["x"][axis]["mean"] for p in front], [100 * p["y"]["mean"] for p in front], ":", color="0.4", linewidth=1, zorder=0)
     axes.set_xscale("log")
-    _legend(axes, len(there))
+    if axis in ("both", "up", "down"):
+        axes.xaxis.set_major_formatter(EngFormatter("B"))
+    signs = report["legend"] and _signs(report["legend"])
+    _legend(axes, len(signs or there), signs)
     return figure
+
+
+def _signs(legend: Json) -> list[Line2D]:
+    """Return what stands in a legend where colours say one thing and signs another."""
+    colours = [Line2D([], [], color=COLOURS[n], linewidth=5, label=text) for n, text in enumerate(legend["colours"])]
+    return colours + [Line2D([], [], color="0.4", marker=MARKERS[n], linestyle="", label=text) for n, text in enumerate(legend["signs"])]
 
 
 def _curves(runs: Sequence[Json], rate: str, axis: str) -> Figure:
@@ -175,21 +186,18 @@ def _curves(runs: Sequence[Json], rate: str, axis: str) -> Figure:
     for n, run in enumerate(runs):
         both = zip(run["curves"][axis], run["curves"][rate], strict=True)
         points = [(x, 100 * y) for x, y in both if x is not None and y is not None]
-        dash = LINES[n // len(COLOURS) % len(LINES)]
-        axes.plot(
-            [x for x, _ in points],
-            [y for _, y in points],
-            label=run["name"],
-            linewidth=1.4,
-            color=COLOURS[n % len(COLOURS)],
-            linestyle=dash,
-        )
+        axes.plot([x for x, _ in points], [y for _, y in points], label=run["name"], linewidth=1.4, **_line_of(n))
     _legend(axes, len(runs))
     return figure
 
 
-def _legend(axes: Axes, entries: int) -> None:
-    axes.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1), ncols=max(1, math.ceil(entries / 24)))
+def _line_of(n: int) -> dict[str, Any]:
+    return {"color": COLOURS[n % len(COLOURS)], "linestyle": LINES[n // len(COLOURS) % len(LINES)]}
+
+
+def _legend(axes: Axes, entries: int, handles: list[Line2D] | None = None) -> None:
+    columns = max(1, math.ceil(entries / 24))
+    axes.legend(handles=handles or None, fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1), ncols=columns)
 
 
 def _heat(run: Json, key: str, found: Json) -> Figure:
@@ -214,7 +222,7 @@ def _speakers(runs: Sequence[Json]) -> Figure:
     for n, run in enumerate(runs):
         rates = [100 * rate for rate in run["speakers"]["wer"]]
         places = [100 * i / max(1, len(rates) - 1) for i in range(len(rates))]
-        axes.plot(places, rates, color=COLOURS[n % len(COLOURS)], linestyle=LINES[n // len(COLOURS) % len(LINES)], label=run["name"])
+        axes.plot(places, rates, label=run["name"], **_line_of(n))
     axes.axvspan(90, 100, color="0.5", alpha=0.15)
     axes.set_ylim(bottom=0)
     _legend(axes, len(runs))

@@ -17,9 +17,9 @@ const LAYERS = {
 };
 const COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"];  // Okabe and Ito
 const SYMBOLS = [["circle", "●"], ["square", "■"], ["diamond", "◆"], ["triangle-up", "▲"], ["cross", "✚"], ["x", "✖"], ["triangle-down", "▼"], ["star", "★"]];
-const DASHES = ["solid", "dash", "dot", "dashdot"];
+const DASHES = ["solid", "dash", "dot", "dashdot", "longdash", "longdashdot"], STROKES = ["", "7 4", "2 3", "7 3 2 3", "12 5", "12 3 2 3"];
 
-const number = (v, digits = 3) => v === null || v === undefined ? "" : Math.abs(v) >= 1e15 ? v.toExponential(digits - 1) : Math.abs(v) >= 1e5 || Number.isInteger(v) ? Math.round(v).toLocaleString("en") : String(Number(v.toPrecision(digits)));
+const number = (v, digits = 3) => v === null || v === undefined ? "" : Math.abs(v) >= 1e15 ? v.toExponential(digits - 1) : Math.abs(v) >= 1e5 || Number.isInteger(v) ? Math.round(v).toLocaleString("en") : Math.abs(v) >= 1e3 ? Number(v.toPrecision(digits)).toLocaleString("en") : String(Number(v.toPrecision(digits)));
 const percent = (v) => (100 * v).toFixed(1);
 function bytes(v) {
   const unit = v >= 1e12 ? [1e12, "TB"] : v >= 1e9 ? [1e9, "GB"] : v >= 1e6 ? [1e6, "MB"] : v >= 1e3 ? [1e3, "kB"] : [1, "B"];
@@ -52,22 +52,22 @@ function make(tag, attributes = {}, ...children) {
   return made;
 }
 
-// ---- styles: of few points each has its own colour and sign, of many the first settings say them
+// ---- styles: colour, sign and dash of each point are in the report; seeds of one point differ in the dash, where it is free, or are thinner
 
-function styles() {
-  const byNumber = points.map((_, n) => [n, n]);
-  if (points.length <= 2 * SYMBOLS.length) return byNumber;
-  const dimensions = [(p) => p.case, ...report.keys.map((key) => (p) => plain(p.values[key]))]
-    .map((of) => ({ of, values: [...new Set(points.map(of))] })).filter((d) => d.values.length > 1 && d.values.length <= SYMBOLS.length);
-  return dimensions.length < 2 ? byNumber : points.map((p) => dimensions.slice(0, 2).map((d) => d.values.indexOf(d.of(p))));
-}
-const STYLES = styles();
+const FEW = points.length <= COLOURS.length + 1;
 const colour = (n) => n % (COLOURS.length + 1) === COLOURS.length ? ink() : COLOURS[n % (COLOURS.length + 1)];
-const styleOf = (point) => { const [c, s] = STYLES[point.id]; return { colour: colour(c), symbol: SYMBOLS[s % SYMBOLS.length] }; };
+const styleOf = (point) => ({ colour: colour(point.style[0]), symbol: SYMBOLS[point.style[1] % SYMBOLS.length] });
 function styleOfRun(run) {
   const point = points.find((p) => p.runs.includes(run.id));
-  if (!point) return { colour: ink(), symbol: SYMBOLS[0], dash: "solid" };
-  return { ...styleOf(point), dash: DASHES[point.runs.indexOf(run.id) % DASHES.length] };
+  if (!point) return { colour: ink(), symbol: SYMBOLS[0], dash: "solid", width: 1.8 };
+  const seed = point.runs.indexOf(run.id);
+  return { ...styleOf(point), dash: DASHES[(FEW ? seed : point.style[2]) % DASHES.length], width: FEW || !seed ? 1.9 : 1 };
+}
+// Where colours say one thing and signs another, a legend of both is shorter than one of all points.
+function legendOf(those) {
+  const { colours, signs } = report.legend, used = (side) => [...new Set(those.map((p) => p.style[side]))].sort((a, b) => a - b);
+  if (!colours) return those.map((p) => ({ label: p.label, ...styleOf(p) }));
+  return [...used(0).map((n) => ({ label: colours[n], colour: colour(n), symbol: [null, "▬"] })), ...used(1).map((n) => ({ label: signs[n], colour: css("--soft"), symbol: SYMBOLS[n] }))];
 }
 
 const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
@@ -99,7 +99,7 @@ function tradeoff(axis) {
     return {
       type: "scatter", mode: "markers", name: p.label, x: [p.x[axis].mean], y: [100 * p.y.mean], customdata: [p.id],
       error_y: bar(p.y, (v) => 100 * v), error_x: bar(p.x[axis], (v) => v),
-      marker: { color: style.colour, symbol: style.symbol[0] + (p.ended ? "" : "-open"), size: front.includes(p) ? 12 : 9, opacity: front.includes(p) ? 1 : 0.75, line: { color: p.ended ? css("--back") : style.colour, width: 1 } },
+      marker: { color: style.colour, symbol: style.symbol[0] + (p.ended ? "" : "-open"), size: front.includes(p) ? 13 : 10, opacity: front.includes(p) ? 1 : 0.75, line: { color: p.ended ? css("--back") : style.colour, width: 1 } },
       hovertemplate: `<b>${escapeHtml(p.label)}</b><br>${RATE[rate]} ${percent(p.y.mean)}% (${percent(p.y.low)} to ${percent(p.y.high)}; ${runsLabel(p)})<br>${privacy ? "epsilon " : ""}${write(p.x[axis].mean)}<extra></extra>`,
     };
   });
@@ -110,12 +110,12 @@ function tradeoff(axis) {
   if (without) {
     const what = { epsilon: "best without noise", extrapolated: "best of the others" }[axis] || "best without messages";
     shapes.push({ type: "line", xref: "paper", x0: 0, x1: 1, y0: 100 * without.y.mean, y1: 100 * without.y.mean, line: { color: css("--soft"), width: 1, dash: "dash" } });
-    annotations.push({ xref: "paper", x: 1, y: 100 * without.y.mean, xanchor: "right", yanchor: "bottom", showarrow: false, text: `${what}: ${percent(without.y.mean)}%`, font: { size: 11, color: css("--soft") } });
+    annotations.push({ xref: "paper", x: 0, y: 100 * without.y.mean, xanchor: "left", bgcolor: css("--back"), yanchor: "bottom", showarrow: false, text: `${what}: ${percent(without.y.mean)}%`, font: { size: 11, color: css("--soft") } });
   }
   const finished = there.filter((p) => p.ended), best = [...(finished.length ? finished : there)].sort(better(rate))[0], least = front[0];
   const open = there.length - finished.length;
   const sentence = `${RATE[rate][0].toUpperCase() + RATE[rate].slice(1)} of ${there.length} configuration${there.length > 1 ? "s" : ""} against ${AXIS[axis]}: the best, ${percent(best.y.mean)}%, is ${best.label} at ${write(best.x[axis].mean)}${least ? `; the least is ${least.label} at ${write(least.x[axis].mean)} and ${percent(least.y.mean)}%` : ""}. The dotted line joins those that none beats in both. Bars: least to greatest of several seeds; of one run the 95% interval.${open ? ` Hollow: ${open} not finished, in no front.` : ""}`;
-  return { traces, sentence, legend: there.map((p) => ({ label: p.label, ...styleOf(p) })), layout: layoutOf([AXIS[axis], { type: "log", ...decades(there.map((p) => p.x[axis].mean), write) }], [`${RATE[rate]}, %`, {}], { shapes, annotations }) };
+  return { traces, sentence, legend: legendOf(there), layout: layoutOf([AXIS[axis], { type: "log", ...decades(there.map((p) => p.x[axis].mean), write) }], [`${RATE[rate]}, %`, {}], { shapes, annotations }) };
 }
 
 // Few enough ticks to stand side by side: of each decade as few as give three, of less than a decade round numbers at even steps.
@@ -138,7 +138,7 @@ function decades(values, write) {
   return { range, tickmode: "array", tickvals: shown, ticktext: shown.map(write) };
 }
 
-const pairStyle = (run) => ({ colour: COLOURS[run === pairNow()[0] ? 0 : 1], symbol: SYMBOLS[0], dash: run === pairNow()[0] ? "solid" : "dash" });
+const pairStyle = (run) => ({ colour: COLOURS[run === pairNow()[0] ? 0 : 1], symbol: SYMBOLS[0], width: 1.9, dash: run === pairNow()[0] ? "solid" : "dash" });
 
 function curves(chosen, measure, against, look = styleOfRun) {
   const factor = measure === "wer" || measure === "accuracy" ? 100 : 1, traces = [], drawn = [];
@@ -152,7 +152,7 @@ function curves(chosen, measure, against, look = styleOfRun) {
       const band = [...at, ...[...at].reverse()], edge = at.map((i) => high[i]).concat([...at].reverse().map((i) => low[i]));
       traces.push({ type: "scatter", mode: "lines", x: band.map((i) => xs[i]), y: edge.map((v) => factor * v), fill: "toself", fillcolor: style.colour + "22", line: { width: 0 }, hoverinfo: "skip", showlegend: false, name: `${run.name}, 95% interval` });
     }
-    traces.push({ type: "scatter", mode: at.length < 60 ? "lines+markers" : "lines", name: run.name, x: at.map((i) => xs[i]), y: at.map((i) => factor * ys[i]), line: { color: style.colour, dash: style.dash, width: 1.8 }, marker: { symbol: style.symbol[0], size: 5, color: style.colour }, customdata: at.map(() => run.id),
+    traces.push({ type: "scatter", mode: at.length < 60 ? "lines+markers" : "lines", name: run.name, x: at.map((i) => xs[i]), y: at.map((i) => factor * ys[i]), line: { color: style.colour, dash: style.dash, width: style.width }, marker: { symbol: style.symbol[0], size: 5, color: style.colour }, customdata: at.map(() => run.id),
       hovertemplate: `<b>${escapeHtml(run.name)}</b><br>${AXIS[against]} %{x:,.4~g}<br>${CURVE[measure]} %{y:.4~g}<extra></extra>` });
     drawn.push({ run, last: factor * ys[at[at.length - 1]], style });
   }
@@ -196,7 +196,7 @@ function speakers(chosen) {
   if (!there.length) return null;
   const traces = there.map((run) => {
     const rates = run.speakers.wer, style = styleOfRun(run);
-    return { type: "scatter", mode: "lines", name: run.name, x: rates.map((_, i) => rates.length > 1 ? 100 * i / (rates.length - 1) : 100), y: rates.map((v) => 100 * v), line: { color: style.colour, dash: style.dash, width: 1.8 }, customdata: rates.map(() => run.id), text: run.speakers.who.map((who) => escapeHtml(who)),
+    return { type: "scatter", mode: "lines", name: run.name, x: rates.map((_, i) => rates.length > 1 ? 100 * i / (rates.length - 1) : 100), y: rates.map((v) => 100 * v), line: { color: style.colour, dash: style.dash, width: style.width }, customdata: rates.map(() => run.id), text: run.speakers.who.map((who) => escapeHtml(who)),
       hovertemplate: `<b>${escapeHtml(run.name)}</b><br>%{text}<br>%{x:.0f}% of speakers are at or below<br>%{y:.1f}% WER<extra></extra>` };
   });
   const shapes = [{ type: "rect", xref: "x", yref: "paper", x0: 90, x1: 100, y0: 0, y1: 1, fillcolor: css("--soft"), opacity: 0.13, line: { width: 0 } }];
@@ -239,7 +239,8 @@ function draw(name) {
 }
 function legendEntry(entry) {
   const sign = make("span", { "aria-hidden": "true", style: `color:${entry.colour}` });
-  sign.textContent = entry.line ? ({ solid: "━━", dash: "╍╍", dot: "┅┅", dashdot: "━╍" }[entry.dash] || "━━") : entry.symbol[1];
+  if (entry.line) sign.innerHTML = `<svg width="30" height="10"><path d="M0 5h30" stroke="currentColor" stroke-width="${entry.width}" stroke-dasharray="${STROKES[DASHES.indexOf(entry.dash)]}"/></svg>`;
+  else sign.textContent = entry.symbol[1];
   return make("li", {}, sign, entry.label);
 }
 function drawAll() { Object.keys(FIGURES).forEach(draw); }

@@ -1,6 +1,7 @@
 """What a report says in words, and the columns of its table."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from experiments.report.read import Json
 
@@ -32,13 +33,20 @@ def sentence_of(runs: Sequence[Json]) -> str:
     if private:
         deltas = [run["results"]["delta"] for run in runs if run["results"]["delta"] is not None]
         counted = "" if len(private) == len(runs) else f" in {len(private)} of them"
-        text += f" Epsilon {_range(private, '{:.3g}')} at delta {_range(deltas, '{:.0e}')}{counted}."
+        text += f" Epsilon {_range([float(f'{value:.3g}') for value in private], '{:,g}')} at delta {_range(deltas, '{:.0e}')}{counted}."
     return text
 
 
 def _each(runs: Sequence[Json], key: str) -> str:
     values = list(dict.fromkeys(str(run["config"][key]) for run in runs if run["config"].get(key)))
     return ", ".join(values[:3]) + (" and others" if len(values) > 3 else "")
+
+
+def plain(value: Any) -> str:
+    """Return a setting as a person writes it."""
+    if isinstance(value, float):
+        return f"{value:g}"
+    return " + ".join(map(plain, value)) if isinstance(value, list) else str(value)
 
 
 def _range(values: Sequence[float], form: str) -> str:

@@ -8,7 +8,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MessageType, Rec
 from clients.gate import Asked, Gate, Rejected
 from clients.identity import Identity, assume
 from clients.messages import device_reply
-from experiments.run import row_of
+from experiments.rows import row_of
 
 ASKED = Asked(5, "anna", "", "nonce", (3,))
 

@@ -106,6 +106,7 @@ def test_a_kill_in_the_middle_of_a_round_leaves_the_round_before(vision: Path, t
 def test_a_federated_run_begins_with_the_model_that_was_trained_centrally(vision: Path, tmp_path: Path) -> None:
     seed, out = tmp_path / "seed", tmp_path / "run"
     assert run(*central(vision, seed, "--rounds", "2"))[0] == 0
+    assert (seed / "report.html").is_file()
     options = ["--set", f"run.init_from={seed}", "--set", "run.engine=process", "--set", "evaluation.every=1", "--quiet"]
     assert run("run", vision, "--out", out, "--rounds", "1", *options, "--set", "strategy.server_lr=1e-9")[0] == 0
     accuracy = [json.loads((p / "summary.json").read_text())["accuracy"] for p in (seed, out)]

@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from experiments.cli import app
+from experiments.report.page import data_of
 from fedclip.model_file import load_model
 
 runner = CliRunner()
@@ -34,7 +35,7 @@ def test_a_run_leaves_the_folder_that_is_documented(vision: Path, tmp_path: Path
     assert "accuracy" in output
     names = {p.name for p in out.iterdir()}
     files = {"config.toml", "environment.json", "metrics.jsonl", "summary.json", "heartbeat.json", "ledger.jsonl", "curves.png", ".lock"}
-    assert names == files | {"checkpoints", "tensorboard"}
+    assert names == files | {"checkpoints", "tensorboard", "report.html"}
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [r["round"] for r in rows] == [1, 2, 3]
     expected = {
@@ -51,6 +52,9 @@ def test_a_run_leaves_the_folder_that_is_documented(vision: Path, tmp_path: Path
     assert all(expected <= r.keys() for r in rows)
     assert ["accuracy" in r for r in rows] == [False, True, True]
     summary = json.loads((out / "summary.json").read_text())
+    (shown,) = data_of((out / "report.html").read_text(encoding="utf-8"))["runs"]
+    assert (shown["status"], shown["results"]["rate"], shown["stamps"][0]) == ("done", summary["accuracy"], "private")
+    assert f"report: {out / 'report.html'}" in output
     assert summary["status"] == "done"
     assert summary["rounds"] == 3
     assert summary["uplink_bytes_total"] == sum(r["uplink_bytes"] for r in rows)
@@ -60,6 +64,16 @@ def test_a_run_leaves_the_folder_that_is_documented(vision: Path, tmp_path: Path
     assert json.loads((out / "environment.json").read_text())["seed"] == 1
     page = (Path(__file__).parents[2] / "docs" / "run-folder.md").read_text(encoding="utf-8")
     assert [key for key in {*summary, *(key for row in rows for key in row)} if f"`{key}`" not in page] == []
+
+
+def test_a_page_that_cannot_be_made_is_said_and_fails_no_run(vision: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fault(_: object) -> str:
+        raise RuntimeError("no such figure")
+
+    monkeypatch.setattr("experiments.report.command.render", fault)
+    status, output = run(*quick(vision, tmp_path / "run", "--rounds", "1", "--quiet"))
+    assert (status, json.loads((tmp_path / "run/summary.json").read_text())["status"]) == (0, "done")
+    assert f"report.html was not made (RuntimeError: no such figure); fedclip report {tmp_path / 'run'} makes it" in output
 
 
 def test_the_resolved_configuration_runs_again_to_the_same_model(vision: Path, tmp_path: Path) -> None:

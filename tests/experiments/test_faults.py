@@ -17,7 +17,7 @@ import torch
 
 from experiments.engines import OnGrid, open_engine
 from experiments.prepare import Prepared, prepare, read_experiment
-from experiments.run import row_of
+from experiments.rows import row_of
 from fedclip.round import WorkerError
 from tests.tasks_that_fail import DIE, HANG
 

@@ -212,6 +212,24 @@ def test_a_sweep_shows_all_its_trials_by_case_and_is_shown_once(tmp_path: Path) 
     assert shown["runs"][4]["config"] == {"codec.name": "dense", "run.seed": 3}
 
 
+def test_of_many_points_the_colour_says_the_case_and_the_sign_the_noise_in_short_labels(tmp_path: Path) -> None:
+    cases = tuple((name, 0.1 * n, 100 * n) for n, name in enumerate(("dense", "int8", "topk", "dgc"), start=1))
+    shown = collect([sweep_folder(tmp_path / "sweep", cases, noises=(None, 0.6, 1.18))])
+    points = shown["points"]
+    assert [p["label"] for p in points] == [f"{case}{noise}" for case, _, _ in cases for noise in ("", ", noise 0.6", ", noise 1.18")]
+    assert [p["style"] for p in points] == [[colour, sign, sign] for colour in range(4) for sign in range(3)]
+    assert shown["legend"] == {"colours": ["dense", "int8", "topk", "dgc"], "signs": ["no noise", "noise 0.6", "noise 1.18"]}
+    (axes,) = next(figure for name, figure in figures(shown) if name == "wer-up").axes
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [*shown["legend"]["colours"], *shown["legend"]["signs"]]
+    # Alike in nothing: each has its own colour and sign. Few of either: the sign says what has too many values for colours.
+    alone = [run_folder(tmp_path / f"r{n}", settings={"local": {"lr": float(n)}}) for n in range(9)]
+    assert [p["style"] for p in collect(alone)["points"]] == [[n, n, n // 7] for n in range(9)]
+    eight = tuple((f"c{n}", 0.1, n + 1) for n in range(8))
+    shown = collect([sweep_folder(tmp_path / "eight", eight, noises=(None, 0.6))])
+    assert (len(shown["legend"]["colours"]), len(shown["legend"]["signs"])) == (2, 8)
+    assert len({tuple(p["style"]) for p in shown["points"]}) == 16
+
+
 def test_a_run_that_goes_on_is_shown_as_far_as_it_is_written_and_watched_to_its_end(tmp_path: Path) -> None:
     folder, page = run_folder(tmp_path / "run", ended=False, noise=1.0), tmp_path / "page.html"
     metrics, pages = folder / "metrics.jsonl", list[str]()

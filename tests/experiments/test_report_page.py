@@ -88,6 +88,25 @@ def test_the_page_fits_and_the_console_is_silent(browser: Browser, folders: list
     assert min(said) > 40, "each figure says what it shows"
 
 
+@pytest.mark.parametrize("kind", ["cases", "alone"])
+def test_many_curves_are_told_apart_by_colour_and_dash(browser: Browser, tmp_path: Path, kind: str) -> None:
+    cases = tuple((name, 0.1, 100) for name in ("dense", "int8", "topk", "dgc"))
+    alone = [run_folder(tmp_path / f"r{n}", settings={"local": {"lr": float(n)}}) for n in range(9)] if kind == "alone" else []
+    browser.events.clear()
+    paths = alone or [sweep_folder(tmp_path / "sweep", cases, noises=(None, 0.6, 1.18))]
+    browser.open(page_of(paths, tmp_path / "page.html"), 390, dark=True)
+    browser.run("runs.forEach((run) => state.shown.add(run.id)), drawAll()")
+    assert browser.run(FITS) == []
+    lines = browser.run(
+        "document.querySelector('[data-figure=curves] .plot').data.map((t) => [t.line.color, t.line.dash, t.line.width].join(' '))"
+    )
+    assert len(set(lines)) == len(lines) == (24 if kind == "cases" else 9), "seeds of a point differ too"
+    legend = browser.run("[...document.querySelectorAll('[data-figure=bytes] .legend li')].map((li) => li.lastChild.textContent)")
+    both = ["dense", "int8", "topk", "dgc", "no noise", "noise 0.6", "noise 1.18"]
+    assert legend == (both if kind == "cases" else [f"r{n}" for n in range(9)])
+    assert browser.faults() == []
+
+
 def test_what_is_drawn_is_in_the_run_folders(browser: Browser, folders: list[Path], tmp_path: Path) -> None:
     browser.open(page_of(folders, tmp_path / "page.html"), 1280)
     drawn, rows = browser.run(TRACES), [read(folder / "metrics.jsonl") for folder in folders]

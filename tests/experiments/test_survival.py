@@ -5,6 +5,7 @@ import hashlib
 import os
 import shutil
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from experiments.prepare import Prepared, prepare, read_experiment
 from experiments.run import Run
 from fedclip.account import Account, read_ledger
 from fedclip.rng import Streams
+from fedclip.sealed import read_sealed
 from fedclip.simulation import InProcess
 from fedclip.storage import Storage
 from fedclip.user_states import StatesInFolder
@@ -46,7 +48,7 @@ lr = 0.1
 steps = 1
 
 [strategy]
-client = [{ with_error_feedback = { inner = { "tests.stages_of_tests:TopK" = { k = 50 } } } }, { clip_by_global_norm = { max_norm = 0.5 } }]
+client = [INNER, { clip_by_global_norm = { max_norm = 0.5 } }]
 server = [{ lamb = { lr = 0.02 } }]
 adaptive = { bits_noise = 0.5 }
 
@@ -59,11 +61,15 @@ every = 0
 """
 
 
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
-    """Return a run with noise, adaptive bounds and a chain that remembers its users."""
+INNER = '{ "tests.stages_of_tests:TopK" = { k = 50 } }'
+CHAINS = {"remembers": f"{{ with_error_feedback = {{ inner = {INNER} }} }}", "forgets": INNER}
+
+
+@pytest.fixture(scope="module", params=CHAINS)
+def prepared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    """Return a run with noise, adaptive bounds and a chain that remembers its users; or not, so that checkpoints are written beside."""
     file = tmp_path_factory.mktemp("experiment") / "run.toml"
-    file.write_text(EXPERIMENT)
+    file.write_text(EXPERIMENT.replace("INNER", CHAINS[request.param]))
     return prepare(read_experiment(file, []))
 
 
@@ -195,8 +201,86 @@ def test_a_crash_after_every_operation_in_every_way(whole: Uninterrupted, prepar
     points = crash_points(whole)
     tried, anew = check_points(whole, prepared, tmp_path, points)
     print(f"{len(points)} crash points, {tried} different disks, {anew} in the window in which a round is drawn anew")
-    assert tried > 100
+    assert tried > 40
     assert anew > 5
+
+
+class Held(Recorder):
+    """A disk that writes the first round's checkpoint only when the next round trains, and then takes its time, or fails."""
+
+    def __init__(self, error: OSError | None) -> None:
+        super().__init__()
+        self.trains, self.error, self.beside = threading.Event(), error, False
+
+    def write(self, path, chunks):
+        if path.name.startswith("00000001.ckpt"):
+            self.beside = self.trains.wait(20)
+            time.sleep(0.2)
+            if self.error is not None:
+                raise self.error
+        super().write(path, chunks)
+
+    def done(self) -> list[tuple[str, str]]:
+        """Return what was done to which file."""
+        return [(entry[0], entry[-1].name if entry[0] == "rename" else entry[1].name) for entry in self.log]
+
+
+@pytest.fixture(params=["noise", "no noise"])
+def forgetful(request: pytest.FixtureRequest, tmp_path: Path) -> Prepared:
+    """Return a run that keeps no states of users, with noise and without."""
+    text = EXPERIMENT.replace("INNER", CHAINS["forgets"])
+    if request.param == "no noise":
+        text = text.replace("adaptive = { bits_noise = 0.5 }", "").replace("noise_multiplier = 1.0\ndelta = 1e-5", "")
+    (tmp_path / "run.toml").write_text(text)
+    return prepare(read_experiment(tmp_path / "run.toml", []))
+
+
+def held_run(prepared: Prepared, path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError | None = None) -> tuple[Run, Held]:
+    method, disk, load = prepared.method, Held(error), prepared.task.load_user
+    account = Account(method.sampler, Z, DELTA, path=path / LEDGER, storage=disk) if method.private else None
+    engine = InProcess(method, prepared.task, secret_of(prepared), run_digest(prepared.experiment), account=account)
+
+    def load_user(*arguments: object) -> object:
+        if engine.state.round == 1:
+            disk.trains.set()
+        return load(*arguments)
+
+    monkeypatch.setattr(prepared.task, "load_user", load_user)
+    return Run(prepared, engine, path, storage=disk), disk
+
+
+def test_a_checkpoint_is_written_while_the_next_round_trains_and_before_anything_of_it_is(
+    forgetful: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, disk = held_run(forgetful, tmp_path / "run", monkeypatch)
+    to_the_end(run)
+    assert disk.beside, "the second round did not begin before the first checkpoint was durable"
+    done = disk.done()
+    lines = [n for n, (what, _) in enumerate(done) if what == "append"]
+    of_a_round = len(lines) // ROUNDS
+    assert of_a_round == (2 if forgetful.method.private else 1)
+    for round in range(1, ROUNDS + 1):
+        durable = done.index(("rename", f"{round:08d}.ckpt")) + 1
+        assert done[durable] == ("sync_folder", CHECKPOINTS)
+        assert lines[of_a_round * round - 1] < durable < min(lines[of_a_round * round :], default=len(done))
+    if not forgetful.method.private:  # what was written is the state after its round, whatever came of it meanwhile
+        fresh = InProcess(forgetful.method, forgetful.task, secret_of(forgetful), run_digest(forgetful.experiment))
+        for _ in range(ROUNDS - 1):
+            fresh.round()
+        _, tensors = read_sealed(disk, tmp_path / "run" / CHECKPOINTS / f"{ROUNDS - 1:08d}.ckpt", "checkpoint")
+        assert torch.equal(tensors["params"], fresh.state.params)
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_before_anything_of_the_next_round_is_durable(
+    forgetful: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, disk = held_run(forgetful, tmp_path / "run", monkeypatch, OSError(28, "no space"))
+    with pytest.raises(OSError, match="no space"):
+        run.rounds(Reporter(ROUNDS, quiet=True))
+    run.folder.close()
+    assert run.engine.state.round == 1
+    lines = [name for what, name in disk.done() if what == "append"]
+    assert lines == ([LEDGER] if forgetful.method.private else []) + ["metrics.jsonl"]
 
 
 def test_a_round_that_is_drawn_anew_has_other_users_and_other_noise(whole: Uninterrupted, prepared: Prepared, tmp_path: Path) -> None:

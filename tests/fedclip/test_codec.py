@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fedclip.codec import HEADER, DenseCodec, WireError
-from fedclip.update import Dense
+from fedclip.update import Dense, Scaled
 from tests.strategies_of_data import flat
 
 LAYOUT = flat(2)
@@ -43,3 +43,12 @@ def test_a_decoded_update_is_the_caller_s_own():
     decoded = DenseCodec().decode(payload, LAYOUT).vector
     decoded += 1
     assert DenseCodec().decode(payload, LAYOUT).vector.tolist() == [1, -2]
+
+
+def test_factors_travel_to_a_sum_at_hand_as_they_are():
+    update = Scaled(torch.tensor([1.0, -2.0]), [(1, 0.5), (1, 1.0)])
+    arriving, size = DenseCodec().carried(update, LAYOUT)
+    assert arriving is update
+    assert size == 28
+    assert "vector" not in vars(update), "the products were formed"
+    assert DenseCodec().encode(update, LAYOUT) == DenseCodec().encode(Dense(torch.tensor([0.5, -2.0])), LAYOUT)

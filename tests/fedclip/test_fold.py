@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedclip.fold import Fold, FoldOverflow, Grid
-from fedclip.update import Dense, Sparse, to_dense
+from fedclip.update import SPAN, Dense, Scaled, Sparse, times, to_dense
 from tests.strategies_of_data import flat, float64_norm
 
 D = 6
@@ -68,6 +68,48 @@ def test_the_grid_never_raises_a_norm_and_sparse_is_dense(users):
         assert np.all(np.abs(alone - exact) < 2.0**-grid.exponent)
         assert float64_norm(alone) <= float64_norm(exact)
         assert torch.equal(folded([user], grid).total, folded([Dense(to_dense(user, flat(D)))], grid).total)
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(-60, 142), st.floats(-30, 1), st.booleans())
+def test_factors_taken_by_the_sum_give_the_digits_of_the_products(seed, exponent, size, spread):
+    """Of all sizes of factors and values, down to those that float32 holds with few bits, on grids from coarse to the finest."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.multinomial(40, [0.2] * 5).tolist()
+    factors = [1.0, *(10.0 ** rng.uniform(-20 if spread else -3, 0, 4)).tolist()]
+    reach = 61 - exponent - math.log2(1e3)  # what is on the grid, and from there down by as many as float32 has
+    values = rng.standard_normal(40) * 2.0 ** (min(reach, 120) - rng.uniform(0, 40 if spread else 200, 40)) * 10.0 ** min(size, 0)
+    update = Scaled(torch.from_numpy(values.astype(np.float32)), list(zip(lengths, factors, strict=True)))
+    grid = Grid(exponent, math.inf, 4)
+    mine = Fold(40, grid)
+    mine.add(update, within=True)
+    assert mine.users == 1
+    assert exponent > 99 or min(factors) * 2.0**exponent < 1e-30 or "vector" not in vars(update), "the products were formed"
+    products = torch.cat([times(v, f) for v, f in zip(torch.split(update.unscaled, lengths), factors, strict=True)])
+    assert update.vector.numpy().tobytes() == products.numpy().tobytes()
+    exact = np.trunc(products.double().numpy() * 2.0**exponent)  # a float64 number holds the product with a power of two
+    assert mine.total.tolist() == [int(x) for x in exact]
+
+
+def test_products_that_float32_holds_with_few_bits_keep_them_on_the_finest_grid():
+    grid = Grid.for_bound(1e-30, 1)
+    update = Scaled(torch.from_numpy(np.random.default_rng(1).uniform(1e-29, 1e-27, 20_000).astype(np.float32)), [(20_000, 1e-13)])
+    lazy = Fold(20_000, grid)  # rounding makes a difference to one in some 500
+    lazy.add(update, within=True)
+    assert lazy.total.tolist() == [int(x) for x in times(update.unscaled, 1e-13).double().numpy() * 2.0**grid.exponent]
+    assert lazy.total.min() > 0
+
+
+def test_a_part_longer_than_what_is_summed_in_one_step_is_summed_whole():
+    values = torch.from_numpy(np.random.default_rng(3).standard_normal(2 * SPAN + 9).astype(np.float32))
+    grid, size = Grid(40, 64.0, 4), values.numel()
+    parts = [(5, 1.0), (SPAN + 3, 0.3), (SPAN + 1, 1 / 3)]
+    for weight in (1.0, 0.7):
+        lazy, eager = Fold(size, grid), Fold(size, grid)
+        lazy.add(Scaled(values, parts), weight)
+        eager.add(Dense(Scaled(values, parts).vector), weight)
+        exact = Scaled(values, parts).vector.double() * weight
+        assert torch.equal(lazy.total, eager.total)
+        assert torch.equal(lazy.total, (exact * 2.0**40).long())
 
 
 def test_rounding_is_toward_zero_on_both_sides():

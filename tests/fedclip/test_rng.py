@@ -28,6 +28,14 @@ def test_every_part_of_the_key_makes_another_stream():
     assert len({numbers(*key) for key in keys}) == len(keys)
 
 
+def test_a_stream_is_that_of_philox_under_its_key():
+    for user in range(20):  # NumPy's own way to a key, state and all
+        philox = np.random.Philox(key=int.from_bytes(BASE._key("data", user), "big"))
+        mine = BASE.generator("data", user)
+        assert str(mine.bit_generator.state) == str(philox.state)
+        assert mine.standard_normal(7).tobytes() == np.random.Generator(philox).standard_normal(7).tobytes()
+
+
 def test_streams_of_neighbours_are_not_correlated():
     a, b = (BASE.generator("noise", user).standard_normal(20_000) for user in (1, 2))
     # Four standard errors of a correlation of independent numbers.

@@ -18,6 +18,7 @@ from fedclip.method import Method, ServerState
 from fedclip.optimizers import SGD
 from fedclip.release import Gaussian, Release
 from fedclip.replica import Replica
+from fedclip.rng import Streams
 from fedclip.round import advance, begin, deal, finish, release
 from fedclip.sampling import Poisson
 from fedclip.schedules import Schedule
@@ -30,6 +31,7 @@ from fedclip.tasks.vision_options import VisionOptions
 from fedclip.transform import chain
 from fedclip.update import Dense
 from strategies.recipes import fedavg, pfl4asr
+from tests.stages_of_tests import Draws
 
 VISION = build_vision(VisionOptions(name="vision", channels=2), population=30, seed=0)
 
@@ -365,6 +367,20 @@ def test_a_specification_travels_as_json(method):
     assert again.digest == spec.digest
     assert Client(Site(VISION, Replica(VISION.make_model())), again).chain == method.client
     assert Client(Site(VISION, Replica(VISION.make_model())), again).local == method.local
+
+
+def test_the_stages_of_a_user_draw_from_one_stream_which_none_begins_that_does_not_draw(monkeypatch):
+    begun, generator = [], Streams.generator
+    monkeypatch.setattr(Streams, "generator", lambda self, purpose, user=None: begun.append(purpose) or generator(self, purpose, user))
+    clip, site = ClipByGlobalNorm(0.5), Site(VISION, Replica(VISION.make_model()))
+    for stages in ((clip,), (clip, Draws()), (Draws(), clip, Draws())):
+        spec, _ = spec_of(dataclasses.replace(averaging(), client=chain(*stages)))
+        begun.clear()
+        tally = Client(site, spec).train_user(7).tally
+        assert begun.count("chain") == (Draws() in stages)
+        if Draws() in stages:
+            expected = generator(spec.streams, "chain", 7).random(2 * (len(stages) - 1)).tolist()
+            assert tally["chain.drawn"] == expected[-2:]
 
 
 def test_the_digest_covers_all_that_is_shared():

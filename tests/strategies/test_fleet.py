@@ -31,6 +31,7 @@ from fedclip.update import Dense
 from fedclip.user_states import StatesInFolder
 from strategies.fleet import Fleet, Rejection
 from strategies.naming import run_digest
+from strategies.privacy import releases
 from tests.strategies.devices import (
     Device,
     Devices,
@@ -459,6 +460,7 @@ def test_what_devices_measure_under_noise_is_noised_and_charged(devices: list[De
     assert account.spent().epsilon > before.epsilon
     assert [(c.round, c.of, c.bound) for c in account.charges] == [(1, "updates", ANY), (1, "evaluation", pytest.approx(3**0.5))]
     assert account.attempts(1) == 1
+    assert releases(site.prepared.experiment) == 5 + 1  # in the last round
     again = site.fleet.measure()
     assert again != measured  # other noise, and another charge
     assert len(account.charges) == 3
