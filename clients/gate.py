@@ -51,7 +51,9 @@ LARGEST_BITS = 10_000
 MEASURED: Final = ("train_loss", "losses", "examples_left_out", "users_without_data", "failed_users", "load_seconds", "train_seconds")
 """What a device may say that it measured, beside the single numbers of its chain (`chain.`)."""
 
-Finite = Annotated[float, Field(allow_inf_nan=False)]
+Finite = Annotated[float, Field(ge=-1e100, le=1e100)]
+"""Never infinite, nor is the sum over any number of users."""
+
 Hash = Annotated[str, Field(max_length=64)]
 
 
@@ -90,7 +92,7 @@ class _OfUser(BaseModel):
     clip_bits: Annotated[str, Field(max_length=LARGEST_BITS, pattern="^([0-9a-f]{2})*$")]
     weight: Annotated[float, Field(ge=0, le=2.0**16)]
     error: Annotated[str, Field(max_length=MOST_CHARACTERS)] | None = None
-    tally: dict[str, Finite] = Field(default={}, max_length=100)
+    tally: dict[Annotated[str, Field(max_length=100)], Finite] = Field(default={}, max_length=100)
 
 
 Said = TypeVar("Said", bound=_Said)
@@ -164,8 +166,9 @@ class Gate:
         return {name: min(1.0, max(0.0, rate)) for name, rate in self._open(reply, asked, _Rates)[0].rates.items()}
 
     def _open(self, reply: Message, asked: Asked, kind: type[Said]) -> tuple[Said, Mapping[str, bytes]]:
-        if reply.has_error():
-            raise Rejected("failed", (reply.error.reason or "no reason given").strip().splitlines()[-1][:MOST_CHARACTERS])
+        if reply.has_error():  # also what the SuperLink says of a node that is gone, or whose reply is not whole
+            lines = [line for line in (reply.error.reason or "").splitlines() if line.strip()]
+            raise Rejected("failed", lines[-1][:MOST_CHARACTERS] if lines else "no reason given")
         if reply.metadata.src_node_id != asked.node:
             raise Rejected("unknown node", f"node {reply.metadata.src_node_id} in the place of {asked.name}")
         try:
@@ -197,8 +200,8 @@ def _contribution(of: _OfUser, payloads: Mapping[str, bytes], weighted: bool, me
     payload, bits = payloads.get(str(of.user)), bytes.fromhex(of.clip_bits)
     tally: Tally = {name: value for name, value in of.tally.items() if measured and (name in MEASURED or name.startswith("chain."))}
     # What the server can see it counts itself.
-    tally |= {"users": 1.0, "uplink_bytes": float(len(payload) + len(bits))} if payload is not None else {}
-    if payload is None and not {"failed_users", "users_without_data"} & {*tally}:
-        tally["failed_users"] = 1.0
+    fault = "users_without_data" if "users_without_data" in tally else "failed_users"
+    tally = {name: value for name, value in tally.items() if name not in ("failed_users", "users_without_data")}
+    tally |= {fault: 1.0} if payload is None else {"users": 1.0, "uplink_bytes": float(len(payload) + len(bits))}
     weight = of.weight if weighted and math.isfinite(of.weight) else 1.0
     return Contribution(of.user, payload, weight, tally, of.error if measured else None, bits)

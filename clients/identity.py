@@ -7,11 +7,9 @@ itself. Flower has no public call for it, so the private names are used here and
 import copy
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
 
 from flwr.app import Message, RecordDict
 from flwr.common.constant import ErrorCode
-from flwr.serverapp import Grid
 
 try:
     from flwr.supercore.task_identity import TaskIdentity
@@ -53,37 +51,6 @@ def assume(identity: Identity) -> Identity:
     for name in ("run_id", "node_id", "task_id"):
         setattr(TaskIdentity, name, getattr(identity, name))  # by name, as None, which takes an identity away, isn't in the setters' types
     return before
-
-
-class Oversized(Exception):  # noqa: N818 - an event to count
-    """A reply with more bytes than it may have; the rest of it was not fetched."""
-
-
-def pull_at_most(grid: Grid, message_id: str, limit: int) -> list[Message]:
-    """Return the reply to a message as `grid.pull_messages` does, but fetch no more than `limit` bytes of it.
-
-    Flower fetches all of a reply, however long, before it gives it away; its client is told here to stop on the way.
-
-    Raises:
-        Oversized: there is more.
-    """
-    client = getattr(grid, "_runtime_client", None)
-    if client is None:  # a grid whose replies are in memory already
-        return list(grid.pull_messages([message_id]))
-    fetched, pull = [0], client.PullObject
-
-    def counted(request: Any) -> Any:
-        response = pull(request)
-        fetched[0] += len(response.object_content)
-        if fetched[0] > limit:
-            raise Oversized(f"over {limit} bytes")
-        return response
-
-    client.PullObject = counted
-    try:
-        return list(grid.pull_messages([message_id]))
-    finally:
-        del client.PullObject  # the method of its class is there again
 
 
 def is_unreached(reply: Message) -> bool:

@@ -41,7 +41,7 @@ def row_of(tally: Tally, round: int, attempt: int, seconds: float, *, public: bo
     for name, value in tally.items():
         stage, _, measured = name.partition(".")
         if stage == "chain" and users:
-            row[measured] = [v / users for v in value] if isinstance(value, list) else value / users
+            row.setdefault(measured, [v / users for v in value] if isinstance(value, list) else value / users)  # real devices name it
         elif stage == "server":
             row[measured] = value
     for name in ("not_finite", "users_without_data", "examples_left_out", "unanswered_users", *FAULTS):

@@ -93,9 +93,14 @@ class Run:
                 reporter.say(str(spent))
                 return "budget spent"
             reporter.round(row, self.seconds)
-            if self.progress.too_many_failed and not private:
+            if self._in_doubt and not private:
                 break
-        return "too many users failed" if self.progress.too_many_failed else "done"
+        return "too many users failed" if self._in_doubt else "done"
+
+    @property
+    def _in_doubt(self) -> bool:
+        """Whether so many users failed. Real devices say so themselves, or send what cannot be read: that must not end the others' run."""
+        return self.progress.too_many_failed and self.prepared.experiment.deployment is None
 
     def _begin(self) -> None:
         if self.prepared.initial is not None:

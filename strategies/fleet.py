@@ -16,7 +16,8 @@ from flwr.serverapp import Grid
 from clients import messages
 from clients.device import digest_of
 from clients.gate import Asked, Cause, Gate, Rejected
-from clients.identity import Oversized, is_unreached, pull_at_most
+from clients.identity import is_unreached
+from clients.pulling import Oversized, Pulls
 from clients.roster import Enrolled, Roster
 from clients.signing import public_line
 from fedclip.account import Account, BudgetSpent
@@ -105,11 +106,12 @@ class Fleet:
         self.say: Callable[[str], None] = lambda text: None
         self.rejected: Counter[str] = Counter()
         self._recipe, self._secret, self._grid, self._options, self._device = recipe.to_json(), secret, grid, options, device
-        self._rates = rates
+        self._rates, self._pulls = rates, Pulls(grid)
         self._taken: dict[int, tuple[int, int]] = {}
         self._accepted: tuple[int, ...] = ()
         self._names: dict[int, str] = {}
         self._late: dict[str, Asked] = {}
+        self._left_out: dict[str, tuple[int, Cause]] = {}
         self._sent: dict[str, Message] = {}
         self._here: Site | None = None
 
@@ -201,12 +203,18 @@ class Fleet:
         for node, said in self._names_of() if self._options.insecure else self._keys_of():
             enrolled = roster.by_name(said) if self._options.insecure else roster.by_key(said)
             if enrolled is None:
-                self._reject(str(node), "unregistered", said or "a node without a key")
+                self._leave_out(str(node), "unregistered", said or "a node without a key")
             elif enrolled.revoked:
-                self._reject(enrolled.name, "revoked")
+                self._leave_out(enrolled.name, "revoked")
             else:
                 found[node] = enrolled
         return found
+
+    def _leave_out(self, node: str, cause: Cause, detail: str = "") -> None:
+        """Count a node that is not asked, once a round: those that are there are looked at twice a second while users are waited for."""
+        if self._left_out.get(node) != (self.state.round, cause):
+            self._left_out[node] = (self.state.round, cause)
+            self._reject(node, cause, detail)
 
     def _keys_of(self) -> Iterator[tuple[int, str]]:
         nodes: Any = self._grid
@@ -320,7 +328,7 @@ class Fleet:
     def _pulled(self, id: str, waiting: dict[str, Asked], gate: Gate) -> Iterator[tuple[Asked, Message]]:
         asked = waiting[id]
         try:
-            replies = pull_at_most(self._grid, id, gate.limit(asked))
+            replies = self._pulls.pull(id, gate.limit(asked))
         except httpx.HTTPError:
             return  # the SuperLink does not answer; it is asked again
         except Exception as error:  # noqa: BLE001  Flower raises all kinds of things at a reply that is none
