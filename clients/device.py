@@ -58,7 +58,7 @@ def train(request: messages.TrainRequest, config: Mapping[str, Any]) -> RecordDi
         ConfigError: the node configuration does not say where data or key are, or they cannot be used.
     """
     errand = _errand(request)
-    folder, site = _site(config, request.task, request.device, errand.first)
+    folder, site = _site(config, request.task, request.device, errand)
     states = StatesOnDevice(folder / KEPT_IN / errand.run, errand.taken)
     client = Client(site, request.spec, states)
     done = [contribution for _, contribution in client.contributions(request.blocks)]
@@ -75,7 +75,7 @@ def evaluate(request: messages.EvaluateRequest, config: Mapping[str, Any]) -> Re
         ConfigError: as `train`.
     """
     errand = _errand(request)
-    _, site = _site(config, request.task, request.device, errand.first)
+    _, site = _site(config, request.task, request.device, errand)
     layout = site.replica.layout
     params = to_dense(DenseCodec().decode(request.params, layout), layout)
     counts = [dict(count) for _, count in evaluate_units(site, params, range(site.task.held_out_units))]
@@ -95,12 +95,12 @@ def _errand(request: messages.TrainRequest | messages.EvaluateRequest) -> messag
     return request.errand
 
 
-def _site(config: Mapping[str, Any], task: str, device: str, first: int) -> tuple[Path, Site]:
+def _site(config: Mapping[str, Any], task: str, device: str, errand: messages.Errand) -> tuple[Path, Site]:
     folder = Path(_of(config, "data-dir", "the folder of this node's data")).expanduser().absolute()
     if not folder.is_dir():
         raise ConfigError(f"data-dir: there is no folder {folder}; correct the node configuration.")
-    recipe = dataclasses.replace(TaskRecipe.from_json(task), data_dir=str(folder), population=None, index="")
-    own: Any = OwnUsers(recipe.build(), first)
+    recipe = dataclasses.replace(TaskRecipe.from_json(task), data_dir=str(folder), population=errand.users, index="")
+    own: Any = OwnUsers(recipe.build(), errand.first)
     return folder, Site(own, Replica.of(own, device))
 
 

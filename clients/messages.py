@@ -38,6 +38,7 @@ class Errand:
         attempt: how many releases the round had before.
         nonce: names this message; the reply must too, and is taken once.
         first: the id of the node's first user.
+        users: how many users the node has.
         taken: of the node's users, the round and the attempt of the last update that was taken.
         private: whether what comes of it is released with noise.
         diagnostics: whether the node is to say what it measured.
@@ -48,6 +49,7 @@ class Errand:
     attempt: int
     nonce: str
     first: int
+    users: int
     taken: Mapping[int, tuple[int, int]]
     private: bool
     diagnostics: bool

@@ -45,7 +45,8 @@ def _line(axes: Axes, rows: list[dict[str, Any]], key: str, colour: str, label: 
 
 
 def _rate(axes: Axes, rows: list[dict[str, Any]], key: str, label: str, colour: str) -> None:
-    points = [(r["round"], 100 * r[key], 100 * r[f"{key}_low"], 100 * r[f"{key}_high"]) for r in rows if key in r]
+    ends = (key, f"{key}_low", f"{key}_high")
+    points = [(r["round"], *(100 * r.get(end, r[key]) for end in ends)) for r in rows if key in r]
     if points:
         rounds, values, low, high = zip(*points, strict=True)
         axes.fill_between(rounds, low, high, color=colour, alpha=0.2, linewidth=0, label="95% interval")

@@ -1,5 +1,6 @@
 """What a person sees while a run goes on: a live table on a terminal, plain lines elsewhere."""
 
+import math
 import shlex
 import time
 from collections import deque
@@ -171,8 +172,9 @@ def describe_result(metrics: dict[str, Any]) -> str:
     """Return the headline of a set of metrics, with its interval, empty where it was not evaluated."""
     for key, name in (("wer", "WER"), ("accuracy", "accuracy")):
         if key in metrics:
-            value, low, high = (100 * metrics[k] for k in (key, f"{key}_low", f"{key}_high"))
-            return f", {name} {value:.1f}% (95% interval {low:.1f} to {high:.1f})"
+            value, low, high = (100 * metrics.get(k, math.nan) for k in (key, f"{key}_low", f"{key}_high"))
+            interval = "" if math.isnan(low + high) else f" (95% interval {low:.1f} to {high:.1f})"
+            return f", {name} {value:.1f}%{interval}"
     return ""
 
 

@@ -11,6 +11,7 @@ from fedclip.config import Experiment, load_experiment, make_experiment
 from fedclip.options import ConfigError
 from fedclip.speech.find import EXPECTED, FINDERS, languages_told
 from fedclip.speech.options import StampsOptions
+from fedclip.tasks.vision_options import VisionOptions
 from strategies.naming import run_digest
 from strategies.privacy import calibrated
 from strategies.recipes import build_method, resolve
@@ -198,7 +199,11 @@ def _recipe_of(experiment: Experiment) -> "TaskRecipe":
     from fedclip.tasks.build import TaskRecipe
 
     recipe = TaskRecipe.of(experiment)
-    return recipe if experiment.deployment is None else replace(recipe, population=None)
+    if experiment.deployment is None:
+        return recipe
+    # Speakers are those of the server's own recordings; images are dealt to as many users as one says.
+    images = isinstance(experiment.task, VisionOptions)
+    return replace(recipe, population=recipe.population or _enrolled(experiment.deployment.roster) if images else None)
 
 
 def check_device(experiment: Experiment) -> None:

@@ -276,7 +276,7 @@ class Fleet:
 
     def _errand(self, streams: Streams, asked: Asked, enrolled: Enrolled) -> messages.Errand:
         taken = {user: self._taken[user] for user in asked.users if user in self._taken}
-        told = (self.run, streams.round, streams.attempt, asked.nonce, enrolled.first, taken)
+        told = (self.run, streams.round, streams.attempt, asked.nonce, enrolled.first, enrolled.users, taken)
         return messages.Errand(*told, private=self.method.private, diagnostics=self._options.diagnostics)
 
     @staticmethod

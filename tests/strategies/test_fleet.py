@@ -107,9 +107,30 @@ class Site:
     warned: list[Rejection]
 
 
-def make(devices: list[Device], folder: Path, *settings: str, seeded: bool = True) -> Site:
+VISION = """
+[run]
+rounds = 1
+
+[task]
+name = "vision"
+
+[sampler]
+name = "available"
+cohort = 4
+
+[local]
+lr = 0.1
+steps = 1
+
+[strategy]
+client = [{ clip_per_layer = { max_norm = 0.5 } }]
+server = [{ sgd = { lr = 0.1 } }]
+"""
+
+
+def make(devices: list[Device], folder: Path, *settings: str, seeded: bool = True, text: str = EXPERIMENT) -> Site:
     file = folder / "experiment.toml"
-    file.write_text(EXPERIMENT, encoding="utf-8")
+    file.write_text(text, encoding="utf-8")
     data, roster = together(devices, folder / "together"), enrolled(devices, folder / "roster.toml")
     said = [f'deployment.roster="{roster}"', f"deployment.seeded={str(seeded).lower()}", "deployment.deadline_seconds=5", *settings]
     prepared = prepare(read_experiment(file, said, data))
@@ -144,7 +165,7 @@ def test_with_the_same_streams_the_bits_are_those_of_one_process(devices: list[D
     assert site.fleet.remembered == [[user, 3, 0] for user in range(3)]
 
 
-def without(devices: list[Device], folder: Path, name: str, rounds: int, *settings: str, **made: bool) -> Site:
+def without(devices: list[Device], folder: Path, name: str, rounds: int, *settings: str, **made: Any) -> Site:
     """Return a site of so many rounds in which a device never answered in the last one."""
     folder.mkdir()
     site = make(devices, folder, "deployment.deadline_seconds=0.3", *settings, **made)
@@ -446,6 +467,14 @@ def test_devices_evaluate_what_they_hold_out(devices: list[Device], tmp_path: Pa
     devices[1].hook = said_otherwise(devices[1], lambda said: said["counts"][0].pop("words"))
     assert site.fleet.measure()["eval_utterances"] < measured["eval_utterances"]
     assert [r.cause for r in site.warned] == ["malformed", "malformed"]
+
+
+def test_images_are_dealt_to_as_many_users_as_a_node_has(devices: list[Device], tmp_path: Path) -> None:
+    two = Device("two", devices[1].folder, devices[1].key, users=2)
+    site = make([devices[0], two, devices[2]], tmp_path, text=VISION)
+    assert site.fleet.round().tally["users"] == 4
+    assert site.fleet.remembered == [[user, 1, 0] for user in range(4)]
+    assert 0 <= site.prepared.task.summarise(site.fleet.evaluate_units(), 0)["accuracy"] <= 1
 
 
 def test_what_devices_measure_under_noise_is_noised_and_charged(devices: list[Device], tmp_path: Path) -> None:
