@@ -5,13 +5,19 @@ itself. Flower has no public call for it, so the private names are used here and
 """
 
 import copy
+import json
+import math
+import threading
+import time
+from collections import Counter
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
-from flwr.app import Message, RecordDict
+from flwr.app import Array, Message, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
+from flwr.supercore.inflatable.inflatable_object import get_object_body, get_object_head_values_from_object_content
 
 try:
     from flwr.supercore.task_identity import TaskIdentity
@@ -59,24 +65,30 @@ class Oversized(Exception):  # noqa: N818 - an event to count
     """A reply with more bytes than it may have; the rest of it was not fetched."""
 
 
-def pull_at_most(grid: Grid, message_id: str, limit: int) -> list[Message]:
-    """Return the reply to a message as `grid.pull_messages` does, but fetch no more than `limit` bytes of it.
+class Stalled(Exception):  # noqa: N818 - an event to count
+    """A reply that was not there in whole when it had to be: its node said that it comes, and did not send all of it."""
 
-    Flower fetches all of a reply, however long, before it gives it away; its client is told here to stop on the way.
+
+def pull_at_most(grid: Grid, message_id: str, limit: int, until: float = math.inf) -> list[Message]:
+    """Return the reply to a message as `grid.pull_messages` does, but fetch no more than `limit` bytes of it, and none after `until`.
+
+    Flower fetches all of a reply, however long, before it gives it away, and waits up to hours for parts that a node has announced; its
+    client is told here to stop on the way. An array may name a part of it time and again: it counts by what it would be put together.
 
     Raises:
         Oversized: there is more.
+        Stalled: at `until`, in the seconds of `time.monotonic`, it was not there in whole.
     """
     client = getattr(grid, "_runtime_client", None)
     if client is None:  # a grid whose replies are in memory already
         return list(grid.pull_messages([message_id]))
-    fetched, pull = [0], client.PullObject
+    meter, pull = _Meter(limit), client.PullObject
 
     def counted(request: Any) -> Any:
+        if time.monotonic() >= until:
+            raise Stalled("a part of it had not come")
         response = pull(request)
-        fetched[0] += len(response.object_content)
-        if fetched[0] > limit:
-            raise Oversized(f"over {limit} bytes")
+        meter.add(request.object_id, response.object_content)
         return response
 
     client.PullObject = counted
@@ -84,6 +96,33 @@ def pull_at_most(grid: Grid, message_id: str, limit: int) -> list[Message]:
         return list(grid.pull_messages([message_id]))
     finally:
         del client.PullObject  # the method of its class is there again
+
+
+class _Meter:
+    """Counts the bytes of the objects of a message as they are fetched, on several threads, and those of the arrays they make up."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit, self._lock = limit, threading.Lock()
+        self._fetched = self._made = 0
+        self._sizes, self._named = dict[str, int](), Counter[str]()
+
+    def add(self, object_id: str, content: bytes) -> None:
+        parts = Counter(_parts_of(content))
+        with self._lock:
+            self._fetched += len(content)
+            self._sizes[object_id] = len(content)
+            self._made += self._named[object_id] * len(content) + sum(self._sizes.get(part, 0) * n for part, n in parts.items())
+            self._named += parts
+            if max(self._fetched, self._made) > self._limit:
+                raise Oversized(f"over {self._limit} bytes")
+
+
+def _parts_of(content: bytes) -> list[str]:
+    """Return the ids of the objects that an array is put together of, as often as they are in it; of any other object none."""
+    if not content.startswith(b"Array "):
+        return []
+    _, children, _ = get_object_head_values_from_object_content(content)
+    return [children[n] for n in json.loads(get_object_body(content, Array))["arraychunk_ids"]]
 
 
 def is_unreached(reply: Message) -> bool:
