@@ -16,8 +16,8 @@ from flwr.serverapp import Grid
 from clients import messages
 from clients.device import digest_of
 from clients.gate import Asked, Cause, Gate, Rejected
-from clients.identity import Oversized, is_unreached, pull_at_most
-from clients.roster import Enrolled, Roster
+from clients.identity import Oversized, Stalled, is_unreached, pull_at_most
+from clients.roster import NAME, Enrolled, Roster
 from clients.signing import public_line
 from fedclip.account import Account, BudgetSpent
 from fedclip.client import Collector, Contribution, Site, evaluate_units
@@ -31,12 +31,15 @@ from fedclip.replica import Replica
 from fedclip.rng import Streams
 from fedclip.round import Outcome, Plan, Released, WorkerError, begin, finish, replay
 from fedclip.simulation import initial_params
-from fedclip.tally import add_up
+from fedclip.tally import MOST_CHARACTERS, add_up
 from fedclip.tasks.base import Counts, Task
 from fedclip.tasks.build import TaskRecipe
 from fedclip.update import Dense
 
 SECONDS_BETWEEN_PULLS = 0.5
+
+SECONDS_FOR_LATE = 10.0
+"""What comes late is fetched no longer than this before the next round, to see that it is a reply."""
 
 TRIES = 3
 """A round without noise is begun so often, until users enough have answered."""
@@ -143,6 +146,8 @@ class Fleet:
             WorkerError: without noise, and time and again too few users have answered.
             ConfigError: the roster cannot be read.
         """
+        if self.account is not None:
+            self.account.check()
         for _ in range(TRIES):
             nodes = self._wait_for_users()
             present = [user for enrolled in nodes.values() for user in enrolled.ids if user < self.method.sampler.population]
@@ -153,6 +158,8 @@ class Fleet:
                 tally = {"downlink_bytes": asked_bytes, "unanswered_users": float(len(_users_of(plan)) - len(self._accepted))}
                 return self._finish(plan, collector, tally)
             self.say(f"round {plan.spec.streams.round}: {users} users have answered, expected {self._options.least_users}; again")
+            # Of what devices keep of the two tries only one can count: that of the attempt of which an update was taken.
+            self.state = dataclasses.replace(self.state, attempt=self.state.attempt + 1)
         raise WorkerError(
             f"In {TRIES} tries no {self._options.least_users} users have answered within {self._options.deadline_seconds:g} s; wait "
             "for more nodes, or lower deployment.least_users or raise deployment.deadline_seconds."
@@ -185,9 +192,9 @@ class Fleet:
 
     def _wait_for_users(self) -> dict[int, Enrolled]:
         """Return the nodes that are there and may take part, once they have users enough."""
-        said = False
+        said, refused = False, set[tuple[str, str]]()
         while True:
-            nodes = self._there()
+            nodes = self._there(refused)
             users = sum(enrolled.users for enrolled in nodes.values())
             if users >= self._options.least_users:
                 return nodes
@@ -196,17 +203,26 @@ class Fleet:
             said = True
             time.sleep(SECONDS_BETWEEN_PULLS)
 
-    def _there(self) -> dict[int, Enrolled]:
-        roster, found = Roster.read(self._options.roster), dict[int, Enrolled]()
+    def _there(self, refused: set[tuple[str, str]]) -> dict[int, Enrolled]:
+        """Return the nodes that may take part, one of each name, and say of each other why not, once for all that are in `refused`."""
+        roster, found, names = Roster.read(self._options.roster), dict[int, Enrolled](), set[str]()
         for node, said in self._names_of() if self._options.insecure else self._keys_of():
             enrolled = roster.by_name(said) if self._options.insecure else roster.by_key(said)
             if enrolled is None:
-                self._reject(str(node), "unregistered", said or "a node without a key")
+                self._refuse(refused, str(node), "unregistered", said or "a node without a key or a name")
             elif enrolled.revoked:
-                self._reject(enrolled.name, "revoked")
+                self._refuse(refused, enrolled.name, "revoked")
+            elif enrolled.name in names:  # whose users would count twice
+                self._refuse(refused, enrolled.name, "duplicate", f"node {node}")
             else:
                 found[node] = enrolled
+                names.add(enrolled.name)
         return found
+
+    def _refuse(self, refused: set[tuple[str, str]], node: str, cause: Cause, detail: str = "") -> None:
+        if (node, detail) not in refused:
+            refused.add((node, detail))
+            self._reject(node, cause, detail)
 
     def _keys_of(self) -> Iterator[tuple[int, str]]:
         nodes: Any = self._grid
@@ -217,13 +233,13 @@ class Fleet:
                 yield info.node_id, ""
 
     def _names_of(self) -> Iterator[tuple[int, str]]:
-        """Yield what nodes call themselves: they are asked once, and taken at their word."""
-        there = list(self._grid.get_node_ids())
+        """Return what nodes call themselves, the newest first: they are asked once, and taken at their word."""
+        there = {*self._grid.get_node_ids()}
         new = {str(node): Asked(node, str(node), "", "") for node in there if node not in self._names}
         out = [(Message(RecordDict({"request": ConfigRecord()}), a.node, MessageType.QUERY), a) for a in new.values()]
         for asked, reply in self._replies(self._push(out), Gate("", 0, 0, "", 0)):
-            self._names[asked.node] = "" if reply.has_error() else str(reply.content.config_records["reply"]["name"])
-        return iter([(node, self._names[node]) for node in there if node in self._names])
+            self._names[asked.node] = _name_said(reply)
+        return iter([(node, name) for node, name in reversed(self._names.items()) if node in there])
 
     def _collect(self, plan: Plan, nodes: Mapping[int, Enrolled]) -> tuple[Collector, float]:
         """Ask the users of a plan, and return the sum of what was taken of the answers, and the bytes that went down."""
@@ -234,11 +250,12 @@ class Fleet:
         out = self._push(self._requests(plan, nodes))
         down = float(len(out) * (len(spec.params) + len(spec.support) + len(spec.control)))
         collector, self._accepted = Collector(spec.without_vectors(), self.layout), ()
-        weighted = self.method.weighting == "examples" and not self.method.private
+        by_examples = self.method.weighting == "examples" and not self.method.private
+        heaviest = (math.inf if self.method.max_examples is None else 1.0) if by_examples else None
         measured = self._options.diagnostics or not self.method.private
         for asked, reply in self._replies(out, gate, self._enough):
             try:
-                given = gate.updates(reply, asked, weighted=weighted, measured=measured)
+                given = gate.updates(reply, asked, heaviest=heaviest, measured=measured)
             except Rejected as rejected:
                 self._reject(asked.name, rejected.cause, str(rejected))
                 continue
@@ -305,7 +322,7 @@ class Fleet:
         while (waiting or absent) and time.monotonic() < end and not enough():
             before = len(waiting)
             for id in list(waiting):
-                for asked, reply in self._pulled(id, waiting, gate):
+                for asked, reply in self._pulled(id, waiting, gate, end):
                     if is_unreached(reply):
                         absent.append(asked)
                     else:
@@ -317,15 +334,16 @@ class Fleet:
                 waiting |= self._push_again(absent) if absent else {}
         self._late |= waiting
 
-    def _pulled(self, id: str, waiting: dict[str, Asked], gate: Gate) -> Iterator[tuple[Asked, Message]]:
+    def _pulled(self, id: str, waiting: dict[str, Asked], gate: Gate, end: float) -> Iterator[tuple[Asked, Message]]:
         asked = waiting[id]
         try:
-            replies = pull_at_most(self._grid, id, gate.limit(asked))
+            replies = pull_at_most(self._grid, id, gate.limit(asked), end)
         except httpx.HTTPError:
             return  # the SuperLink does not answer; it is asked again
         except Exception as error:  # noqa: BLE001  Flower raises all kinds of things at a reply that is none
             del waiting[id]
-            self._reject(asked.name, "oversized" if isinstance(error, Oversized) else "malformed", str(error))
+            known: dict[type[Exception], Cause] = {Oversized: "oversized", Stalled: "late"}
+            self._reject(asked.name, known.get(type(error), "malformed"), str(error))
             return
         if replies:
             del waiting[id]
@@ -333,10 +351,12 @@ class Fleet:
 
     def _count_late(self, gate: Gate) -> None:
         """Count the replies that have come since a round went on without them, and drop them."""
+        end = time.monotonic() + SECONDS_FOR_LATE
         for id in [id for id, asked in self._late.items() if asked.nonce]:
             late = {id: self._late[id]}
-            for asked, _ in self._pulled(id, late, gate):
-                self._reject(asked.name, "late")
+            for asked, reply in self._pulled(id, late, gate, end):
+                if not is_unreached(reply):
+                    self._reject(asked.name, "late")
             if not late:
                 del self._late[id]
 
@@ -344,7 +364,8 @@ class Fleet:
         self.rejected[cause] += 1
         if self.warn is not None:
             account, round = self.account, self.state.round + 1
-            self.warn(Rejection(round, 0 if account is None else account.attempts(round), node, cause, detail))
+            attempt = self.state.attempt if account is None else account.attempts(round)
+            self.warn(Rejection(round, attempt, node, cause, detail[:MOST_CHARACTERS]))
 
     def _measure(self) -> dict[str, float]:
         """Evaluate on the devices. Under noise the mean of the nodes' own rates is released, with noise, and charged."""
@@ -397,6 +418,8 @@ class Fleet:
             except Rejected as rejected:
                 self._reject(asked.name, rejected.cause, str(rejected))
                 continue
+            if not rates:  # it holds nothing out
+                continue
             total = [so_far + (1.0 if name is None else rates.get(name, 0.0)) for so_far, name in zip(total, names, strict=True)]
         mechanism, bound = self.method.release.mechanism, math.sqrt(len(total))
         if self.account is None or mechanism is None:
@@ -410,6 +433,13 @@ class Fleet:
             bounds = {"": rate, "_low": rate - width, "_high": rate + width}
             measured |= {f"{name}{end}": min(1.0, max(0.0, value)) for end, value in bounds.items()}
         return measured
+
+
+def _name_said(reply: Message) -> str:
+    """Return the name of a node by its own account; empty where its reply has none."""
+    said = None if reply.has_error() else reply.content.config_records.get("reply")
+    name = "" if said is None else said.get("name")
+    return name if isinstance(name, str) and NAME.fullmatch(name) else ""
 
 
 def _users_of(plan: Plan) -> list[int]:
