@@ -48,8 +48,17 @@ LARGEST_SAID = 1 << 20
 LARGEST_BITS = 10_000
 """Clip bits of a user, at most, in hexadecimal digits."""
 
-MEASURED: Final = ("train_loss", "losses", "examples_left_out", "users_without_data", "failed_users", "load_seconds", "train_seconds")
-"""What a device may say that it measured, beside the single numbers of its chain (`chain.`)."""
+MEASURED: Final = (
+    "train_loss",
+    "examples_left_out",
+    "load_seconds",
+    "train_seconds",
+    *(f"chain.{name}" for name in ("update_norm", "clipped", "local_clipped", "density", "compression_error")),
+)
+"""What a device may say that it measured; what else counts users the server sees for itself."""
+
+LARGEST_MEASURED = 1e12
+"""Greatest absolute value of it: sums over devices stay finite."""
 
 Finite = Annotated[float, Field(ge=-1e100, le=1e100)]
 """Never infinite, nor is the sum over any number of users."""
@@ -131,13 +140,13 @@ class Gate:
         """Return how many bytes a reply may have in all."""
         return LARGEST_SAID + self.largest * max(1, len(asked.users))
 
-    def updates(self, reply: Message, asked: Asked, *, weighted: bool, measured: bool) -> list[Contribution]:
+    def updates(self, reply: Message, asked: Asked, *, heaviest: float | None, measured: bool) -> list[Contribution]:
         """Return what the users of a reply give.
 
         Args:
             reply: as it came.
             asked: the message that it answers.
-            weighted: whether users say by how much they count; each counts as one otherwise.
+            heaviest: users say by how much they count, and that is at most this; None: each counts as one.
             measured: whether users say what they measured; it is dropped otherwise.
 
         Raises:
@@ -155,7 +164,7 @@ class Gate:
                 raise Rejected("oversized", f"{len(payload)} bytes for one update")
             if of.payload is not None and digest_of(payload) != of.payload:
                 raise Rejected("bad signature", "a payload that is not the one that was signed")
-        return [_contribution(of, payloads, weighted, measured) for of in said.users]
+        return [_contribution(of, payloads, heaviest, measured) for of in said.users]
 
     def counts(self, reply: Message, asked: Asked) -> list[dict[str, float]]:
         """Return what the held-out units of a node counted. Raises as `updates`."""
@@ -196,12 +205,15 @@ class Gate:
 _WRONG: dict[str, Cause] = {"run": "wrong run", "round": "wrong round", "attempt": "wrong attempt"}
 
 
-def _contribution(of: _OfUser, payloads: Mapping[str, bytes], weighted: bool, measured: bool) -> Contribution:
+def _contribution(of: _OfUser, payloads: Mapping[str, bytes], heaviest: float | None, measured: bool) -> Contribution:
     payload, bits = payloads.get(str(of.user)), bytes.fromhex(of.clip_bits)
-    tally: Tally = {name: value for name, value in of.tally.items() if measured and (name in MEASURED or name.startswith("chain."))}
+    said = of.tally if measured else {}
+    tally: Tally = {name: said[name] for name in MEASURED if abs(said.get(name, math.inf)) <= LARGEST_MEASURED}
     # What the server can see it counts itself.
-    fault = "users_without_data" if "users_without_data" in tally else "failed_users"
-    tally = {name: value for name, value in tally.items() if name not in ("failed_users", "users_without_data")}
-    tally |= {fault: 1.0} if payload is None else {"users": 1.0, "uplink_bytes": float(len(payload) + len(bits))}
-    weight = of.weight if weighted and math.isfinite(of.weight) else 1.0
+    tally |= {"losses": 1.0} if "train_loss" in tally else {}
+    if payload is not None:
+        tally |= {"users": 1.0, "uplink_bytes": float(len(payload) + len(bits))}
+    else:
+        tally |= {"users_without_data" if "users_without_data" in said else "failed_users": 1.0}
+    weight = 1.0 if heaviest is None else min(of.weight, heaviest)
     return Contribution(of.user, payload, weight, tally, of.error if measured else None, bits)

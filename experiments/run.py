@@ -145,7 +145,8 @@ class Run:
             row |= times_of(outcome.tally, seconds, engine.workers)
         if engine.account is not None:
             row |= {"epsilon": engine.account.spent().epsilon, "delta": engine.account.delta}
-        self.progress.add(outcome)
+        if not self._withholds:  # nor may the end of the run, or what it says, follow from who failed
+            self.progress.add(outcome)
         try:
             if _is_due(row["round"], self.prepared.experiment):
                 measured = self._evaluated()

@@ -18,7 +18,7 @@ from clients.device import digest_of
 from clients.gate import Asked, Cause, Gate, Rejected
 from clients.identity import is_unreached
 from clients.pulling import Oversized, Pulls
-from clients.roster import Enrolled, Roster
+from clients.roster import NAME, Enrolled, Roster
 from clients.signing import public_line
 from fedclip.account import Account, BudgetSpent
 from fedclip.client import Collector, Contribution, Site, evaluate_units
@@ -32,7 +32,7 @@ from fedclip.replica import Replica
 from fedclip.rng import Streams
 from fedclip.round import Outcome, Plan, Released, WorkerError, begin, finish, replay
 from fedclip.simulation import initial_params
-from fedclip.tally import add_up
+from fedclip.tally import MOST_CHARACTERS, add_up
 from fedclip.tasks.base import Counts, Task
 from fedclip.tasks.build import TaskRecipe
 from fedclip.update import Dense
@@ -145,6 +145,8 @@ class Fleet:
             WorkerError: without noise, and time and again too few users have answered.
             ConfigError: the roster cannot be read.
         """
+        if self.account is not None:
+            self.account.check()
         for _ in range(TRIES):
             nodes = self._wait_for_users()
             present = [user for enrolled in nodes.values() for user in enrolled.ids if user < self.method.sampler.population]
@@ -155,6 +157,8 @@ class Fleet:
                 tally = {"downlink_bytes": asked_bytes, "unanswered_users": float(len(_users_of(plan)) - len(self._accepted))}
                 return self._finish(plan, collector, tally)
             self.say(f"round {plan.spec.streams.round}: {users} users have answered, expected {self._options.least_users}; again")
+            # Of what devices keep of the two tries only one can count: that of the attempt of which an update was taken.
+            self.state = dataclasses.replace(self.state, attempt=self.state.attempt + 1)
         raise WorkerError(
             f"In {TRIES} tries no {self._options.least_users} users have answered within {self._options.deadline_seconds:g} s; wait "
             "for more nodes, or lower deployment.least_users or raise deployment.deadline_seconds."
@@ -199,15 +203,19 @@ class Fleet:
             time.sleep(SECONDS_BETWEEN_PULLS)
 
     def _there(self) -> dict[int, Enrolled]:
-        roster, found = Roster.read(self._options.roster), dict[int, Enrolled]()
+        """Return the nodes that may take part, one of each name, and count the others."""
+        roster, found, names = Roster.read(self._options.roster), dict[int, Enrolled](), set[str]()
         for node, said in self._names_of() if self._options.insecure else self._keys_of():
             enrolled = roster.by_name(said) if self._options.insecure else roster.by_key(said)
             if enrolled is None:
-                self._leave_out(str(node), "unregistered", said or "a node without a key")
+                self._leave_out(str(node), "unregistered", said or "a node without a key or a name")
             elif enrolled.revoked:
                 self._leave_out(enrolled.name, "revoked")
+            elif enrolled.name in names:  # whose users would count twice
+                self._leave_out(enrolled.name, "duplicate", f"node {node}")
             else:
                 found[node] = enrolled
+                names.add(enrolled.name)
         return found
 
     def _leave_out(self, node: str, cause: Cause, detail: str = "") -> None:
@@ -225,13 +233,13 @@ class Fleet:
                 yield info.node_id, ""
 
     def _names_of(self) -> Iterator[tuple[int, str]]:
-        """Yield what nodes call themselves: they are asked once, and taken at their word."""
-        there = list(self._grid.get_node_ids())
+        """Return what nodes call themselves, the newest first: they are asked once, and taken at their word."""
+        there = {*self._grid.get_node_ids()}
         new = {str(node): Asked(node, str(node), "", "") for node in there if node not in self._names}
         out = [(Message(RecordDict({"request": ConfigRecord()}), a.node, MessageType.QUERY), a) for a in new.values()]
         for asked, reply in self._replies(self._push(out), Gate("", 0, 0, "", 0)):
-            self._names[asked.node] = "" if reply.has_error() else str(reply.content.config_records["reply"]["name"])
-        return iter([(node, self._names[node]) for node in there if node in self._names])
+            self._names[asked.node] = _name_said(reply)
+        return iter([(node, name) for node, name in reversed(self._names.items()) if node in there])
 
     def _collect(self, plan: Plan, nodes: Mapping[int, Enrolled]) -> tuple[Collector, float]:
         """Ask the users of a plan, and return the sum of what was taken of the answers, and the bytes that went down."""
@@ -242,11 +250,12 @@ class Fleet:
         out = self._push(self._requests(plan, nodes))
         down = float(len(out) * (len(spec.params) + len(spec.support) + len(spec.control)))
         collector, self._accepted = Collector(spec.without_vectors(), self.layout), ()
-        weighted = self.method.weighting == "examples" and not self.method.private
+        by_examples = self.method.weighting == "examples" and not self.method.private
+        heaviest = (math.inf if self.method.max_examples is None else 1.0) if by_examples else None
         measured = self._options.diagnostics or not self.method.private
         for asked, reply in self._replies(out, gate, self._enough):
             try:
-                given = gate.updates(reply, asked, weighted=weighted, measured=measured)
+                given = gate.updates(reply, asked, heaviest=heaviest, measured=measured)
             except Rejected as rejected:
                 self._reject(asked.name, rejected.cause, str(rejected))
                 continue
@@ -343,8 +352,9 @@ class Fleet:
         """Count the replies that have come since a round went on without them, and drop them."""
         for id in [id for id, asked in self._late.items() if asked.nonce]:
             late = {id: self._late[id]}
-            for asked, _ in self._pulled(id, late, gate):
-                self._reject(asked.name, "late")
+            for asked, reply in self._pulled(id, late, gate):
+                if not is_unreached(reply):
+                    self._reject(asked.name, "late")
             if not late:
                 del self._late[id]
 
@@ -352,7 +362,8 @@ class Fleet:
         self.rejected[cause] += 1
         if self.warn is not None:
             account, round = self.account, self.state.round + 1
-            self.warn(Rejection(round, 0 if account is None else account.attempts(round), node, cause, detail))
+            attempt = self.state.attempt if account is None else account.attempts(round)
+            self.warn(Rejection(round, attempt, node, cause, detail[:MOST_CHARACTERS]))
 
     def _measure(self) -> dict[str, float]:
         """Evaluate on the devices. Under noise the mean of the nodes' own rates is released, with noise, and charged."""
@@ -405,6 +416,8 @@ class Fleet:
             except Rejected as rejected:
                 self._reject(asked.name, rejected.cause, str(rejected))
                 continue
+            if not rates:  # it holds nothing out
+                continue
             total = [so_far + (1.0 if name is None else rates.get(name, 0.0)) for so_far, name in zip(total, names, strict=True)]
         mechanism, bound = self.method.release.mechanism, math.sqrt(len(total))
         if self.account is None or mechanism is None:
@@ -418,6 +431,13 @@ class Fleet:
             bounds = {"": rate, "_low": rate - width, "_high": rate + width}
             measured |= {f"{name}{end}": min(1.0, max(0.0, value)) for end, value in bounds.items()}
         return measured
+
+
+def _name_said(reply: Message) -> str:
+    """Return the name of a node by its own account; empty where its reply has none."""
+    said = None if reply.has_error() else reply.content.config_records.get("reply")
+    name = "" if said is None else said.get("name")
+    return name if isinstance(name, str) and NAME.fullmatch(name) else ""
 
 
 def _users_of(plan: Plan) -> list[int]:

@@ -1,6 +1,7 @@
 """What a reply may say without ending a run: whatever is in it is taken as one user's, or refused."""
 
 import json
+import math
 
 import pytest
 from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MessageType, RecordDict
@@ -33,7 +34,7 @@ def said(**of_user: object) -> Message:
 
 
 def taken(reply: Message):
-    return Gate("run", 1, 0, "spec", 10, signed=False).updates(reply, ASKED, weighted=True, measured=True)
+    return Gate("run", 1, 0, "spec", 10, signed=False).updates(reply, ASKED, heaviest=math.inf, measured=True)
 
 
 @pytest.mark.parametrize("reason", ["", " ", "\n \n", "why\n\n"])
@@ -43,8 +44,8 @@ def test_an_error_without_a_word_is_a_failure_like_others(reason):
 
 
 def test_a_user_is_one_failed_user_at_most():
-    (contribution,) = taken(said(tally={"failed_users": 1e9, "users": 1e9, "uplink_bytes": 1e9, "chain.norm": 2.0}))
-    assert contribution.tally == {"failed_users": 1.0, "chain.norm": 2.0}
+    (contribution,) = taken(said(tally={"failed_users": 1e9, "users": 1e9, "uplink_bytes": 1e9, "chain.update_norm": 2.0}))
+    assert contribution.tally == {"failed_users": 1.0, "chain.update_norm": 2.0}
 
 
 @pytest.mark.parametrize("value", [1e101, -1e101, 10**400])

@@ -24,7 +24,7 @@ from experiments.live import Reporter
 from experiments.prepare import Prepared, prepare, read_experiment
 from experiments.run import Run, run_rounds
 from experiments.server_app import RATES
-from fedclip.account import read_ledger
+from fedclip.account import BudgetSpent, read_ledger
 from fedclip.round import WorkerError
 from fedclip.simulation import InProcess
 from fedclip.update import Dense
@@ -285,9 +285,9 @@ def test_the_same_reply_counts_once(devices: list[Device], tmp_path: Path) -> No
     gate = Gate(site.fleet.run, 1, 0, json.loads(str(reply[0].content.config_records["reply"]["said"]))["spec"], site.fleet.layout.size)
     said = json.loads(str(reply[0].content.config_records["reply"]["said"]))
     asked = Asked(102, devices[2].name, devices[2].public, said["nonce"], (2,))
-    assert len(gate.updates(reply[0], asked, weighted=False, measured=False)) == 1
+    assert len(gate.updates(reply[0], asked, heaviest=None, measured=False)) == 1
     with pytest.raises(Rejected, match="duplicate"):
-        gate.updates(reply[0], asked, weighted=False, measured=False)
+        gate.updates(reply[0], asked, heaviest=None, measured=False)
 
 
 @pytest.mark.parametrize("value", [float("nan"), 1e30])
@@ -493,3 +493,113 @@ def test_what_devices_measure_under_noise_is_noised_and_charged(devices: list[De
     again = site.fleet.measure()
     assert again != measured  # other noise, and another charge
     assert len(account.charges) == 3
+
+
+@pytest.mark.parametrize("reason", [" ", "\n", ""])
+def test_a_device_that_fails_and_does_not_say_why_costs_the_round_its_update_alone(
+    devices: list[Device], absent: torch.Tensor, tmp_path: Path, reason: str
+) -> None:
+    site = make(devices, tmp_path)
+    site.fleet.round()
+    devices[2].hook = lambda request, reply: [Message(Error(0, reason), reply_to=request)]
+    site.fleet.round()
+    assert [r.cause for r in site.warned] == ["failed"]
+    assert torch.equal(site.fleet.state.params, absent)
+
+
+@pytest.mark.parametrize("name", ["failed_users", "chain.round", "chain.users", "chain.made_up"])
+def test_what_a_device_says_that_it_measured_ends_no_run_and_names_nothing_new(devices: list[Device], tmp_path: Path, name: str) -> None:
+    site = make(devices, tmp_path, *QUIET, "run.rounds=2", "evaluation.every=0")
+    for device in devices[:2]:
+        device.hook = said_otherwise(device, lambda said: said["users"][0]["tally"].update({name: 1e99}))
+    path = tmp_path / "run"
+    with Reporter(2, quiet=True, console=Console(file=io.StringIO())) as reporter:
+        assert run_rounds(site.prepared, site.fleet, path, reporter) == 0
+    rows = read_metrics(path)
+    assert [(row["round"], row["users"], row["failed_users"]) for row in rows] == [(1, 3, 0), (2, 3, 0)]
+    assert "made_up" not in rows[0]
+    assert json.loads((path / "summary.json").read_text())["status"] == "done"
+
+
+def test_under_noise_not_even_the_end_of_a_run_tells_how_many_failed(devices: list[Device], tmp_path: Path) -> None:
+    site = make(devices, tmp_path, "run.rounds=10", "evaluation.every=0")
+    devices[1].hook = sent_otherwise(devices[1], payload_of("no update"))
+    devices[2].hook = sent_otherwise(devices[2], payload_of("no update"))
+    path, said = tmp_path / "run", io.StringIO()
+    with Reporter(10, quiet=True, console=Console(file=said)) as reporter:
+        assert run_rounds(site.prepared, site.fleet, path, reporter) == 0
+    summary = json.loads((path / "summary.json").read_text())
+    assert (summary["status"], "error" in summary) == ("done", False)
+    assert "user 1" not in said.getvalue()
+
+
+def test_a_device_that_holds_nothing_out_is_no_device_whose_rates_are_zero(devices: list[Device], tmp_path: Path) -> None:
+    measured = []
+    for silent in (True, False):
+        (tmp_path / str(silent)).mkdir()
+        site = make(
+            devices, tmp_path / str(silent), 'evaluation.on="devices"', "deployment.deadline_seconds=1", "privacy.noise_multiplier=0.01"
+        )
+        devices[2].hook = None if silent else said_otherwise(devices[2], lambda said: said.update(rates={}))
+        site.grid.silent = {devices[2].name} if silent else set()
+        measured.append(site.fleet.measure())
+    assert measured[0] == measured[1]
+
+
+def test_a_budget_that_is_spent_ends_the_run_also_when_nobody_is_there(devices: list[Device], tmp_path: Path, monkeypatch: Any) -> None:
+    site = make(devices, tmp_path, "privacy.epsilon_budget=1e3")
+    account = site.fleet.account
+    assert account is not None
+    account._affordable = 0
+    monkeypatch.setattr(site.fleet, "_wait_for_users", lambda: pytest.fail("waited for users"))
+    with pytest.raises(BudgetSpent):
+        site.fleet.round()
+
+
+def test_a_round_that_is_done_again_is_another_attempt_for_the_devices(devices: list[Device], tmp_path: Path) -> None:
+    site = make(devices, tmp_path, *QUIET, "deployment.least_users=3", "deployment.deadline_seconds=0.3")
+    site.grid.silent = {devices[0].name}
+    site.fleet.say = lambda text: site.grid.silent.clear()
+    site.fleet.round()
+    assert site.fleet.remembered == [[user, 1, 1] for user in range(3)]
+    site.fleet.round()
+    assert site.fleet.remembered == [[user, 2, 0] for user in range(3)]
+
+
+def test_who_may_not_take_part_is_logged_once_however_long_is_waited(devices: list[Device], tmp_path: Path, monkeypatch: Any) -> None:
+    site = make(devices, tmp_path)
+    revoked(site.roster, devices[1].name)
+    site.fleet._options = site.fleet._options.model_copy(update={"least_users": 3})
+    slept: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        if len(slept) == 5:
+            site.fleet._options = site.fleet._options.model_copy(update={"least_users": 2})
+
+    monkeypatch.setattr("strategies.fleet.time.sleep", sleep)
+    site.fleet._wait_for_users()
+    assert [r.cause for r in site.warned] == ["revoked"]
+
+
+@pytest.mark.parametrize("lie", ["no name", "another's name"])
+def test_in_insecure_mode_too_a_user_counts_once(devices: list[Device], tmp_path: Path, lie: str) -> None:
+    site = make(devices, tmp_path, "deployment.insecure=true")
+    stranger = Device(devices[2].name, devices[2].folder, tmp_path / "stranger.key")
+    if lie == "no name":
+        stranger.hook = without_records_of
+    site.grid.devices[200] = stranger
+    tally = site.fleet.round().tally
+    assert tally["users"] == 3
+    assert torch.equal(site.fleet.state.params, simulated(site, tmp_path, 1).state.params)
+
+
+def without_records_of(request: Message, reply: Message) -> list[Message]:
+    reply.content = RecordDict()
+    return [reply]
+
+
+def test_without_noise_a_weight_is_at_most_what_a_user_can_have(devices: list[Device], tmp_path: Path) -> None:
+    site = make(devices, tmp_path, *QUIET, 'strategy.weighting="examples"', "strategy.max_examples=2")
+    devices[2].hook = said_otherwise(devices[2], lambda said: said["users"][0].update(weight=60000.0))
+    assert site.fleet.round().tally["weight"] <= 3
