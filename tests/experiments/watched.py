@@ -20,48 +20,7 @@ from experiments.server_app import SECURITY_LOG
 from fedclip.checkpoints import Checkpoints
 from strategies.fleet import Fleet
 from strategies.naming import run_digest
-from tests.strategies.devices import Device, Devices, enrolled, together
-
-EXPERIMENT = """
-[run]
-name = "watched"
-rounds = 1
-
-[task]
-name = "asr"
-
-[task.corpus]
-kind = "spoken_digits"
-utterances = 3
-
-[task.model]
-dim = 16
-convolutions = 2
-layers = 1
-kernel = 7
-
-[sampler]
-name = "available"
-cohort = 3
-
-[local]
-lr = 0.1
-steps = 2
-batch_size = 2
-
-[strategy]
-client = [{ dgc = { density = 0.05, momentum = 0.9 } }, { clip_per_layer = { max_norm = 0.5 } }]
-server = [{ sgd = { lr = 0.1 } }]
-
-[codec]
-name = "packed"
-
-[privacy]
-noise_multiplier = 1.5
-
-[evaluation]
-every = 0
-"""
+from tests.strategies.devices import EXPERIMENT, Device, Devices, enrolled, together
 
 SECONDS_BETWEEN_LOOKS = 0.1
 
@@ -74,7 +33,8 @@ def settings(roster: Path, **more: object) -> list[str]:
 
 def written(folder: Path, devices: list[Device], rounds: int) -> dict[str, str]:
     """Write an experiment on the recordings of devices, and return what to submit beside its settings."""
-    (folder / "experiment.toml").write_text(EXPERIMENT.replace("rounds = 1", f"rounds = {rounds}"), encoding="utf-8")
+    text = EXPERIMENT.replace("rounds = 5", f"rounds = {rounds}") + "\n[evaluation]\nevery = 0\n"
+    (folder / "experiment.toml").write_text(text, encoding="utf-8")
     return {"experiment": str(folder / "experiment.toml"), "data_dir": str(together(devices, folder / "together"))}
 
 

@@ -21,6 +21,45 @@ from clients.roster import Roster
 from clients.signing import public_of, read_private, sign
 from tests.speech_folder import spoken_digits
 
+EXPERIMENT = """
+[run]
+name = "devices"
+rounds = 5
+
+[task]
+name = "asr"
+
+[task.corpus]
+kind = "spoken_digits"
+utterances = 3
+
+[task.model]
+dim = 16
+convolutions = 2
+layers = 1
+kernel = 7
+
+[sampler]
+name = "available"
+cohort = 3
+
+[local]
+lr = 0.1
+steps = 2
+batch_size = 2
+
+[strategy]
+client = [{ dgc = { density = 0.05, momentum = 0.9 } }, { clip_per_layer = { max_norm = 0.5 } }]
+server = [{ sgd = { lr = 0.1 } }]
+
+[codec]
+name = "packed"
+
+[privacy]
+noise_multiplier = 1.5
+"""
+"""Recorded digits on three devices: a chain with a state, clips, noise."""
+
 RUN = 1
 
 Hook = Callable[[Message, Message], Iterable[Message]]

@@ -33,6 +33,7 @@ from strategies.fleet import Fleet, Rejection
 from strategies.naming import run_digest
 from strategies.privacy import releases
 from tests.strategies.devices import (
+    EXPERIMENT,
     Device,
     Devices,
     Hook,
@@ -43,44 +44,6 @@ from tests.strategies.devices import (
     speakers_apart,
     together,
 )
-
-EXPERIMENT = """
-[run]
-name = "devices"
-rounds = 5
-
-[task]
-name = "asr"
-
-[task.corpus]
-kind = "spoken_digits"
-utterances = 3
-
-[task.model]
-dim = 16
-convolutions = 2
-layers = 1
-kernel = 7
-
-[sampler]
-name = "available"
-cohort = 3
-
-[local]
-lr = 0.1
-steps = 2
-batch_size = 2
-
-[strategy]
-client = [{ dgc = { density = 0.05, momentum = 0.9 } }, { clip_per_layer = { max_norm = 0.5 } }]
-server = [{ sgd = { lr = 0.1 } }]
-
-[codec]
-name = "packed"
-
-[privacy]
-noise_multiplier = 1.5
-"""
 
 
 @pytest.fixture(scope="module")

@@ -22,8 +22,7 @@ from fedclip.model_file import load_model
 from fedclip.simulation import InProcess
 from fedclip.user_states import StatesInFolder
 from strategies.naming import run_digest
-from tests.strategies.devices import speakers_apart, together
-from tests.strategies.test_fleet import EXPERIMENT
+from tests.strategies.devices import EXPERIMENT, speakers_apart, together
 
 pytestmark = pytest.mark.slow
 
