@@ -57,7 +57,7 @@ def train(request: messages.TrainRequest, config: Mapping[str, Any]) -> RecordDi
     Raises:
         ConfigError: the node configuration does not say where data or key are, or they cannot be used.
     """
-    errand = _errand(request)
+    errand, signer = _errand(request), _signer(config)  # a wrong key is found before the work is done
     folder, site = _site(config, request.task, request.device, errand)
     states = StatesOnDevice(folder / KEPT_IN / errand.run, errand.taken)
     client = Client(site, request.spec, states)
@@ -65,7 +65,7 @@ def train(request: messages.TrainRequest, config: Mapping[str, Any]) -> RecordDi
     client.sync()
     said = {"users": [_said_of(contribution, errand) for contribution in done]}
     payloads = {c.user: c.payload for c in done if c.payload is not None}
-    return _reply(errand, request.spec.digest, said, payloads, _signer(config))
+    return _reply(errand, request.spec.digest, said, payloads, signer)
 
 
 def evaluate(request: messages.EvaluateRequest, config: Mapping[str, Any]) -> RecordDict:
@@ -74,14 +74,14 @@ def evaluate(request: messages.EvaluateRequest, config: Mapping[str, Any]) -> Re
     Raises:
         ConfigError: as `train`.
     """
-    errand = _errand(request)
+    errand, signer = _errand(request), _signer(config)
     _, site = _site(config, request.task, request.device, errand)
     layout = site.replica.layout
     params = to_dense(DenseCodec().decode(request.params, layout), layout)
     counts = [dict(count) for _, count in evaluate_units(site, params, range(site.task.held_out_units))]
     # Under noise no more leaves the device than what is bounded on the server, and noised.
     said = {"rates": _rates(site.task, counts)} if errand.private else {"counts": counts}
-    return _reply(errand, digest_of(request.params), said, {}, _signer(config))
+    return _reply(errand, digest_of(request.params), said, {}, signer)
 
 
 def digest_of(payload: bytes) -> str:

@@ -54,8 +54,8 @@ def assume(identity: Identity) -> Identity:
 
 
 def is_unreached(reply: Message) -> bool:
-    """Return whether a reply is the SuperLink's own word that the node is not there, or has lost the message: it may be sent again."""
-    return reply.has_error() and reply.error.code in (ErrorCode.NODE_UNAVAILABLE, ErrorCode.MESSAGE_UNAVAILABLE)
+    """Return whether a reply is the SuperLink's own word that the node is not there: the message may be sent again."""
+    return reply.has_error() and reply.error.code == ErrorCode.NODE_UNAVAILABLE
 
 
 def number(message: Message, message_id: str) -> None:

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import secrets
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -41,6 +41,9 @@ SECONDS_BETWEEN_PULLS = 0.5
 
 TRIES = 3
 """A round without noise is begun so often, until users enough have answered."""
+
+ROUNDS_LATE = 20
+"""What comes later than so many rounds is not even counted."""
 
 TIME_TO_LIVE = 7 * 24 * 3600.0
 """Seconds that a SuperLink keeps a message: so that a late reply is counted as one."""
@@ -110,7 +113,7 @@ class Fleet:
         self._taken: dict[int, tuple[int, int]] = {}
         self._accepted: tuple[int, ...] = ()
         self._names: dict[int, str] = {}
-        self._late: dict[str, Asked] = {}
+        self._late: deque[dict[str, Asked]] = deque(maxlen=ROUNDS_LATE)
         self._left_out: dict[str, tuple[int, Cause]] = {}
         self._sent: dict[str, Message] = {}
         self._here: Site | None = None
@@ -194,7 +197,7 @@ class Fleet:
         said = False
         while True:
             nodes = self._there()
-            users = sum(enrolled.users for enrolled in nodes.values())
+            users = sum(user < self.method.sampler.population for enrolled in nodes.values() for user in enrolled.ids)
             if users >= self._options.least_users:
                 return nodes
             if not said:
@@ -332,7 +335,8 @@ class Fleet:
             if len(waiting) == before:
                 time.sleep(SECONDS_BETWEEN_PULLS)
                 waiting |= self._push_again(absent) if absent else {}
-        self._late |= waiting
+        if waiting:
+            self._late.append(waiting)
 
     def _pulled(self, id: str, waiting: dict[str, Asked], gate: Gate) -> Iterator[tuple[Asked, Message]]:
         asked = waiting[id]
@@ -350,13 +354,10 @@ class Fleet:
 
     def _count_late(self, gate: Gate) -> None:
         """Count the replies that have come since a round went on without them, and drop them."""
-        for id in [id for id, asked in self._late.items() if asked.nonce]:
-            late = {id: self._late[id]}
+        for late, id in [(late, id) for late in self._late for id, asked in late.items() if asked.nonce]:
             for asked, reply in self._pulled(id, late, gate):
                 if not is_unreached(reply):
                     self._reject(asked.name, "late")
-            if not late:
-                del self._late[id]
 
     def _reject(self, node: str, cause: Cause, detail: str = "") -> None:
         self.rejected[cause] += 1

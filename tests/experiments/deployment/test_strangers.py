@@ -15,7 +15,7 @@ from clients.roster import Roster
 from experiments.deployment.loopback import BIN, HOST, Loopback, Node, free_port
 from experiments.deployment.refusals import refused_connections
 from experiments.folder import read_metrics
-from tests.experiments.watched import InMemory, Watched, causes, settings, written
+from tests.experiments.deployment.watched import InMemory, Watched, causes, settings, written
 from tests.strategies.devices import speakers_apart
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]

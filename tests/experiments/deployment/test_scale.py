@@ -7,7 +7,7 @@ import pytest
 from experiments.deployment.loopback import Loopback, Node
 from experiments.folder import read_metrics
 from tests.experiments import many_users
-from tests.experiments.watched import Watched, settings
+from tests.experiments.deployment.watched import Watched, settings
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 

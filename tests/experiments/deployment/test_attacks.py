@@ -10,8 +10,8 @@ import torch
 from experiments.deployment.loopback import Loopback, Node
 from experiments.folder import read_metrics
 from fedclip.client import Client
-from tests.experiments.malicious import attacks
-from tests.experiments.watched import InMemory, Watched, causes, settings, written
+from tests.experiments.deployment.malicious import attacks
+from tests.experiments.deployment.watched import InMemory, Watched, causes, settings, written
 from tests.strategies.devices import Device, speakers_apart
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]

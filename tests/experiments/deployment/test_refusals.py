@@ -1,4 +1,4 @@
-"""Refused connections are counted from lines that a SuperLink of Flower 1.41 wrote (`tests/experiments/test_deployment_strangers.py`)."""
+"""Refused connections are counted from lines that a SuperLink of Flower 1.41 wrote (`test_strangers.py`)."""
 
 from collections import Counter
 from pathlib import Path
