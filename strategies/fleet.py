@@ -354,10 +354,11 @@ class Fleet:
 
     def _count_late(self, gate: Gate) -> None:
         """Count the replies that have come since a round went on without them, and drop them."""
-        for late, id in [(late, id) for late in self._late for id, asked in late.items() if asked.nonce]:
-            for asked, reply in self._pulled(id, late, gate):
-                if not is_unreached(reply):
-                    self._reject(asked.name, "late")
+        for waiting in self._late:
+            for id in [id for id, asked in waiting.items() if asked.nonce]:
+                for asked, reply in self._pulled(id, waiting, gate):
+                    if not is_unreached(reply):
+                        self._reject(asked.name, "late")
 
     def _reject(self, node: str, cause: Cause, detail: str = "") -> None:
         self.rejected[cause] += 1
