@@ -7,10 +7,14 @@ from typing import ClassVar, get_args
 from fedclip.choices import Grouping, Mode, Split
 from fedclip.layout import Layout
 from fedclip.transform import Bound, Ctx, State, Step, Transform
-from fedclip.update import Update, layer_norms, norm, scale, scale_layers
+from fedclip.update import NORM_ERROR, Update, layer_norms, norm, quick_layer_norms, scale, scale_layers
 
 SLACK = 1e-6
 """A clipped update ends this much under its bound, relatively: more than float32 rounding can add, so that a guard finds nothing to do."""
+
+MOST = 1 + NORM_ERROR
+"""What a norm that was summed quickly is multiplied by to be no less than the exact one: the bound holds whatever was rounded. Whether a
+norm is over its bound is decided by the exact one where the quick one cannot tell."""
 
 SMALLEST_BOUND = 1e-30
 LARGEST_BOUND = 1e30
@@ -52,10 +56,12 @@ class ClipByGlobalNorm(Transform):
 
     def apply(self, update: Update, state: State, ctx: Ctx) -> Step:
         """Return the clipped update; measures `update_norm` (before) and `clipped` (0 or 1)."""
-        before = norm(update)
+        before, at_most = math.hypot(*quick_layer_norms(update, ctx.layout)), MOST
+        if _near(before, self.max_norm):
+            before, at_most = norm(update), 1.0
         clipped = before > self.max_norm
         measured = {"update_norm": before, "clipped": float(clipped)}
-        return Step(scale(update, clip_factor(before, self.max_norm)), state, measured, (not clipped,))
+        return Step(scale(update, clip_factor(before * at_most, self.max_norm)), state, measured, (not clipped,))
 
     def thresholds(self, layout: Layout) -> tuple[float, ...]:
         """Return what adaptive clipping moves: C."""
@@ -139,14 +145,16 @@ class ClipPerLayer(Transform):
     def apply(self, update: Update, state: State, ctx: Ctx) -> Step:
         """Return the clipped update; measures `update_norm`, `clipped` (of any layer), `layer_norm` and `layer_clipped`."""
         layout = ctx.layout.grouped(self.layers)
-        bounds, norms = self.bounds(layout), layer_norms(update, layout)
+        bounds, norms, at_most = self.bounds(layout), quick_layer_norms(update, layout), MOST
+        if _near(math.hypot(*norms), self.max_norm) or any(map(_near, norms, bounds)):
+            norms, at_most = layer_norms(update, layout), 1.0
         total = math.hypot(*norms)
         if self.mode == "clip":
-            factors = [clip_factor(n, c) for n, c in zip(norms, bounds, strict=True)]
+            factors = [clip_factor(n * at_most, c) for n, c in zip(norms, bounds, strict=True)]
         elif total < self.max_norm:
             factors = [1.0] * len(norms)
         else:
-            factors = [c * (1 - SLACK) / n if n else 1.0 for n, c in zip(norms, bounds, strict=True)]
+            factors = [c * (1 - SLACK) / (n * at_most) if n else 1.0 for n, c in zip(norms, bounds, strict=True)]
         clipped = tuple(float(n > c) for n, c in zip(norms, bounds, strict=True))
         measured: dict[str, float | tuple[float, ...]] = {
             "update_norm": total,
@@ -177,6 +185,11 @@ class ClipPerLayer(Transform):
     def guard(self) -> Transform:
         """The same projection in `clip` mode, the global one in `normalize` mode."""
         return self if self.mode == "clip" else ClipByGlobalNorm(self.max_norm)
+
+
+def _near(norm: float, max_norm: float) -> bool:
+    """Return whether it takes the exact norm to say if one that was summed quickly is over a bound."""
+    return norm / MOST <= max_norm <= norm * MOST
 
 
 def _check_max_norm(max_norm: float) -> None:

@@ -7,10 +7,27 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import nn
 
 from fedclip.choices import Grouping, block_of
+
+ROW = 256
+"""Coordinates in a row of `Rows`."""
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """The coordinates of a layout in rows of `ROW`.
+
+    Attributes:
+        loose: the coordinates of rows that are of several tensors, and what is left after the last whole row, int64, ascending.
+        owners: the layer of each whole row, H for one that is of several tensors, and then of each loose coordinate, int64.
+    """
+
+    loose: np.ndarray
+    owners: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -60,8 +77,18 @@ class Layout:
 
     def grouped(self, grouping: Grouping) -> "Layout":
         """Return the same tensors with layers by tensor or by block."""
-        layers = self.names if grouping == "tensor" else tuple(block_of(n) for n in self.names)
-        return self if layers == self.layers else Layout(self.names, self.shapes, layers)
+        layers = self.names if grouping == "tensor" else self._blocks
+        if layers == self.layers:
+            return self
+        return self._by_block if grouping == "block" else Layout(self.names, self.shapes, layers)
+
+    @cached_property
+    def _blocks(self) -> tuple[str, ...]:
+        return tuple(block_of(n) for n in self.names)
+
+    @cached_property
+    def _by_block(self) -> "Layout":
+        return Layout(self.names, self.shapes, self._blocks)
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:
@@ -91,6 +118,19 @@ class Layout:
         for layer, size in zip(self.layer_of, self.sizes, strict=True):
             sizes[layer] += size
         return tuple(sizes)
+
+    @cached_property
+    def rows(self) -> Rows:
+        """The whole vector in rows of `ROW` coordinates, and which layer each is of: what takes a few operations, not some a tensor."""
+        layers, loose, owners, start = np.full(self.size // ROW, len(self.layer_names)), list[np.ndarray](), list[int](), 0
+        for layer, size in zip(self.layer_of, self.sizes, strict=True):
+            end = start + size
+            first, last = -(-start // ROW), end // ROW
+            layers[first:last] = layer
+            loose += [np.arange(start, end)] if first >= last else [np.arange(start, first * ROW), np.arange(last * ROW, end)]
+            owners += [layer] * (1 if first >= last else 2)
+            start = end
+        return Rows(np.concatenate(loose), np.concatenate([layers, np.repeat(owners, [len(part) for part in loose])]))
 
     def restricted(self, support: torch.Tensor) -> "Layout":
         """Return the layout of the values at some coordinates alone: one dimension a tensor, empty where none of it is there.

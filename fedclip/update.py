@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from fedclip.layout import Layout
+from fedclip.layout import ROW, Layout
 
 FLOAT32_FACTORS = (1e-30, 1e30)
 """Outside this range a scale factor would lose bits or overflow as a float32 number: the product is taken in float64."""
@@ -22,6 +22,12 @@ LARGE = 1 << 24
 
 SPAN = 1 << 16
 """Coordinates whose squares are summed in one step, as float64 numbers that a core's second cache holds."""
+
+NORM_ERROR = 8e-6
+"""What a quick norm is off by at most, relatively: half of the `ROW` = 256 roundings of 2^-24 of its squares' sum, however ordered."""
+
+SMALLEST_QUICK = 1e-20
+"""A sum of squares over this has lost nothing that matters to squares too small for float32; one that is finite, none too large."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,6 +195,23 @@ def layer_norms(update: Update, layout: Layout) -> list[float]:
     for layer, piece in zip(layout.layer_of, pieces(update, layout), strict=True):
         squares[layer] += energy(piece)
     return [s**0.5 for s in squares]
+
+
+def quick_layer_norms(update: Update, layout: Layout) -> list[float]:
+    """Return the L2 norm of each layer within `NORM_ERROR` of the exact one, relatively: a dense update's in a fifth of the time.
+
+    Products and sums of a row of `ROW` values are float32 numbers, which need no copy and are half as large; rows are added in float64.
+    """
+    if isinstance(update, Sparse) or update.vector.device.type != "cpu":
+        return layer_norms(update, layout)
+    values, rows, layers = update.vector.detach().numpy(), layout.rows, len(layout.layer_names)
+    whole = values[: len(values) - len(values) % ROW].reshape(-1, ROW)
+    with np.errstate(over="ignore"):
+        energies = np.concatenate([np.vecdot(whole, whole), np.square(values[rows.loose], dtype=np.float64)])
+    squares: list[float] = np.bincount(rows.owners, energies, layers + 1)[:layers].tolist()
+    if not all(SMALLEST_QUICK < s < math.inf for s in squares):
+        return layer_norms(update, layout)
+    return [math.sqrt(s) for s in squares]
 
 
 def layer_sparsity(update: Update, layout: Layout) -> list[float]:

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedclip.update import (
+    NORM_ERROR,
     Dense,
     Sparse,
     add,
@@ -18,6 +19,7 @@ from fedclip.update import (
     layer_sparsity,
     norm,
     pieces,
+    quick_layer_norms,
     scale,
     scale_layers,
     subtract,
@@ -37,6 +39,24 @@ def test_norms_agree_with_float64_and_with_the_dense_form(case):
     for h, n in enumerate(layer_norms(update, layout)):
         of_layer = [p.numpy() for p, layer in zip(parts, layout.layer_of, strict=True) if layer == h]
         assert n == pytest.approx(float64_norm(np.concatenate(of_layer)), rel=1e-12)
+
+
+@pytest.mark.parametrize("sizes", [(1,), (255,), (256,), (257,), (100_000,), (1000, 1, 0, 5000), (256, 512, 300), (3, 4, 5)])
+@pytest.mark.parametrize("scale", [1e-44, 1e-25, 1e-12, 1.0, 1e15, 1e20, 3e38])
+@pytest.mark.parametrize("spread", [1.0, 1e-8])
+def test_quick_norms_are_within_their_error(sizes, scale, spread):
+    layout = flat(*sizes)
+    values = np.random.default_rng(sum(sizes)).uniform(0.5, 1.0, layout.size)
+    values[1:] *= spread  # one large number, after which each small one of its row is rounded away
+    update = Dense(torch.from_numpy((values * scale).astype(np.float32)))
+    assert quick_layer_norms(update, layout) == pytest.approx(layer_norms(update, layout), rel=NORM_ERROR)
+
+
+@given(updates_with_layouts())
+def test_quick_norms_of_blocks_are_those_of_layers(case):
+    layout, update = case
+    layout = layout.grouped("block")
+    assert quick_layer_norms(update, layout) == pytest.approx(layer_norms(update, layout), rel=NORM_ERROR)
 
 
 @given(updates_with_layouts())
