@@ -3,7 +3,8 @@
     python -m experiments.deployment.loopback EXPERIMENT.toml --out FOLDER --node NAME=DATA [--node ...] [--data-dir DATA] [--set A.B=C]
 
 Everything is the real thing but for the network: each node is a process with its own key and the folder of its own data, and trains in a
-new process for each message, as Flower has it. All files are in FOLDER, also what the programs say; the run is FOLDER/run.
+new process for each message, as Flower has it. All files are in FOLDER, also what the programs say; the run is FOLDER/run. With --front
+nodes come through nginx, which lets them reach nothing else of the SuperLink than what is for them.
 """
 
 import argparse
@@ -23,9 +24,10 @@ from typing import Any, Self
 import tomli_w
 
 from clients.roster import Roster
+from experiments.deployment.front import configuration, nginx
 from experiments.deployment.relay import Relay
 
-SUBMISSION = "submission"
+FRONT, SUBMISSION = "front", "submission"
 PROJECT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 HOST = "127.0.0.1"
@@ -54,17 +56,26 @@ class Loopback:
     Args:
         folder: everything that is written; made here.
         nodes: who takes part.
+        front: nodes reach the SuperLink through nginx, and nothing of it that is not for nodes.
 
     Attributes:
-        relay: counts the bytes between the nodes and the SuperLink.
+        port: the SuperLink's.
+        entry: the port that is for nodes: the front's, else the SuperLink's.
+        relay: counts the bytes between the nodes and their entry.
         roster: the file of who is enrolled.
+
+    Raises:
+        LoopbackError: there is to be a front, and nginx is not installed.
     """
 
-    def __init__(self, folder: Path, nodes: Sequence[Node]) -> None:
+    def __init__(self, folder: Path, nodes: Sequence[Node], front: bool = False) -> None:
+        if front and nginx() is None:
+            raise LoopbackError("The front needs nginx, which is not installed. `apt install nginx`, or leave the front out.")
         self.folder, self.nodes = folder.absolute(), {node.name: node for node in nodes}
         self.roster, self._keys = self.folder / "roster.toml", self.folder / "keys"
         self.port, self._node_ports = free_port(), {node.name: free_port() for node in nodes}
-        self.relay = Relay(self.port)
+        self.entry = free_port() if front else self.port
+        self.relay = Relay(self.entry)
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
 
     def __enter__(self) -> Self:
@@ -74,6 +85,8 @@ class Loopback:
             self._make_keys()
             self.relay.__enter__()
             self.start_link()
+            if self.entry != self.port:
+                self._start_front()
             for node in self.nodes.values():
                 if node.register:
                     self.start(node.name)
@@ -107,6 +120,13 @@ class Loopback:
             if node.register and not (self.folder / f"{node.name}.registered").exists():
                 self.flwr("supernode", "register", keys / f"{node.name}.pub", "loopback", "--name", node.name)
                 (self.folder / f"{node.name}.registered").touch()
+
+    def _start_front(self) -> None:
+        """Start nginx; `log("front")` is of what it turns away, and of what else it says."""
+        file = self.folder / "nginx.conf"
+        file.write_text(configuration(f"{HOST}:{self.entry}", f"{HOST}:{self.port}"), encoding="utf-8")
+        self._start(FRONT, [nginx() or "nginx", "-e", "stderr", "-p", self.folder, "-c", file])
+        self._wait(lambda: _answers(self.entry), FRONT)
 
     def start(self, name: str, seconds: float = SECONDS_TO_START) -> None:
         """Start a node and wait until the SuperLink has let it in.
@@ -275,9 +295,10 @@ def main() -> None:
     parser.add_argument("--node", action="append", required=True, metavar="NAME=DATA[:USERS]")
     parser.add_argument("--data-dir", type=Path, help="the server's own data, to evaluate on")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C")
+    parser.add_argument("--front", action="store_true", help="nodes come through nginx")
     arguments = parser.parse_args()
     nodes = [_node(text) for text in arguments.node]
-    with Loopback(arguments.out, nodes) as loopback:
+    with Loopback(arguments.out, nodes, arguments.front) as loopback:
         run = loopback.folder / "run"
         settings = "; ".join([f'deployment.roster="{loopback.roster}"', *arguments.set])
         data = str(arguments.data_dir.absolute()) if arguments.data_dir else ""
