@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from fedclip.client import Contribution, Partial
@@ -133,8 +132,8 @@ def read_train_request(content: RecordDict) -> TrainRequest:
 
 def sums_reply(partial: Partial) -> RecordDict:
     """Return the content of a reply with the exact sum over users."""
-    total = partial.total.cpu().numpy()
-    array = Array(dtype="int64", shape=total.shape, stype=BYTES_TYPE, data=total.astype("<i8", copy=False).tobytes())
+    data = partial.total.astype("<i8", copy=False).tobytes()
+    array = Array(dtype="int64", shape=partial.total.shape, stype=BYTES_TYPE, data=data)
     said = {
         "users": partial.users,
         "tallies": list(partial.tallies.items()),
@@ -145,9 +144,9 @@ def sums_reply(partial: Partial) -> RecordDict:
 
 
 def read_sums_reply(content: RecordDict) -> Partial:
-    """Return the partial sum of a reply."""
+    """Return the partial sum of a reply; its numbers are the reply's own memory, which is not written to."""
     said = json.loads(_text(content.config_records["reply"], "partial"))
-    total = torch.from_numpy(np.frombuffer(_payload(content.array_records["sum"], "sum"), dtype="<i8").astype(np.int64))
+    total = np.frombuffer(_payload(content.array_records["sum"], "sum"), dtype="<i8").astype(np.int64, copy=False)
     tallies = {int(block): tally for block, tally in said["tallies"]}
     return Partial(total, said["users"], tallies, tuple(said["errors"]), tuple(said["clip_bits"]))
 

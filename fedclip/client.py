@@ -17,7 +17,7 @@ import torch
 
 from fedclip.codec import Codec, WireError
 from fedclip.control import fresh_state, gradients_moved, next_of_user
-from fedclip.fold import Fold
+from fedclip.fold import Addend, Fold
 from fedclip.layout import Layout
 from fedclip.local import LocalSGD
 from fedclip.method import user_weight
@@ -38,12 +38,26 @@ WORTH_A_THREAD = 1e-3
 """Seconds that reading the user before took, from which on the next one is read by a thread."""
 
 
+GROUP_BYTES, GROUP_USERS = 16 << 20, 4
+"""So many users of a small model are trained, each in a model of its own, before their updates are clipped and added: that code and the
+sum then come to a core's caches once for all of them. Together their models have at most so many bytes."""
+
+
 @dataclass(eq=False)
 class Site:
-    """Where users train: one task and one resident model, used for one user after another."""
+    """Where users train: one task and one resident model, used for one user after another; of a small model, a few of them."""
 
     task: Task
     replica: Replica
+
+    def __post_init__(self) -> None:
+        self._replicas = [self.replica]
+
+    def replicas(self, users: int) -> list[Replica]:
+        """Return the models that a group of users trains in: as many as there are users, at most, and always `replica` first."""
+        wanted = max(1, min(users, GROUP_USERS, GROUP_BYTES // (4 * self.replica.layout.size)))
+        self._replicas += [self.replica.twin(self.task) for _ in range(len(self._replicas), wanted)]
+        return self._replicas[:wanted]
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,16 +80,34 @@ class Contribution:
 
 @dataclass(frozen=True, eq=False)
 class Partial:
-    """The exact sum over the users of some blocks: int64 grid numbers, how many users, and a tally for each block.
+    """The exact sum over the users of some blocks: int64 grid numbers of shape (d,), how many users, and a tally for each block.
 
     `clip_bits` is the sum of each bit as +1 or -1; `errors` is what the first failed users said, at most `MOST_SAID` lines.
     """
 
-    total: torch.Tensor
+    total: np.ndarray
     users: int
     tallies: dict[int, Tally]
     errors: tuple[str, ...] = ()
     clip_bits: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class _Trained:
+    """A user after its training: the update in the place of the model's parameters, and what the rest needs to know.
+
+    `state` is what the chain kept of the user, `own` its control variate; `seconds` of training.
+    """
+
+    user: int
+    delta: Dense
+    state: State
+    own: torch.Tensor | None
+    loss: float
+    weight: float
+    tally: Tally
+    said: str | None
+    seconds: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,26 +154,35 @@ class Client:
         return to_dense(self.codec.decode(payload, self.layout), self.layout).to(self.site.replica.params.device)
 
     def contributions(self, blocks: Iterable[Block]) -> Iterator[tuple[int, Contribution]]:
-        """Train the users of some blocks one after another, and yield each one's block and contribution.
+        """Train the users of some blocks one after another, and yield each one's block and contribution."""
+        for group in self.groups(blocks):
+            yield from group
+
+    def groups(self, blocks: Iterable[Block]) -> Iterator[list[tuple[int, Contribution]]]:
+        """Train the users of some blocks one after another, and yield their blocks and contributions, those of a few users at a time.
 
         While one user trains, a thread reads the data of the next, so that training waits for the first alone where reading is faster.
         Data that are there sooner than a thread would be woken are read at once.
         """
         users = [(block, user) for block, members in blocks for user in members]
+        replicas, group = self.site.replicas(len(users)), list[tuple[int, _Trained | Contribution]]()
         with ThreadPoolExecutor(1, "fedclip-reader", settle_thread) as reader:
             ahead: Future[Sequence[Any]] | None = None
             for n, (block, user) in enumerate(users):
                 loaded = self._loaded(user, ahead)
                 follows = n + 1 < len(users) and self._load_seconds > WORTH_A_THREAD
                 ahead = reader.submit(self._load, users[n + 1][1]) if follows else None
-                yield block, self._contribution(user, loaded)
+                group.append((block, self._trained(user, loaded, replicas[len(group)])))
+                if len(group) == len(replicas) or n + 1 == len(users):
+                    yield [(of, self._given(trained)) for of, trained in group]
+                    group.clear()
 
     def train_user(self, user: int) -> Contribution:
         """Load a user's data, train, pass the update through the chain and encode it.
 
         Whatever the user's data or the task raises makes the user a failed one, never the round.
         """
-        return self._contribution(user, self._loaded(user))
+        return self._given(self._trained(user, self._loaded(user), self.site.replica))
 
     def _load(self, user: int) -> Sequence[Any]:
         start = time.perf_counter()
@@ -158,24 +199,32 @@ class Client:
             failed = _failed(user, error)
         return _Loaded(examples, failed, time.perf_counter() - start)
 
-    def _contribution(self, user: int, loaded: "_Loaded") -> Contribution:
+    def _trained(self, user: int, loaded: "_Loaded", replica: Replica) -> "_Trained | Contribution":
         if loaded.failed is not None:
             return loaded.failed
         try:
-            return self._train(user, loaded.examples, loaded.seconds)
+            return self._train(user, loaded.examples, loaded.seconds, replica)
         except Exception as error:  # noqa: BLE001  a task may raise anything
             return _failed(user, error)
+
+    def _given(self, trained: "_Trained | Contribution") -> Contribution:
+        if isinstance(trained, Contribution):
+            return trained
+        try:
+            return self._contribution(trained)
+        except Exception as error:  # noqa: BLE001  so may a stage of one's own
+            return _failed(trained.user, error)
 
     def sync(self) -> None:
         """Wait until the states of the users that were trained are durable."""
         if self.states is not None:
             self.states.sync()
 
-    def _train(self, user: int, examples: Sequence[Any], waited: float) -> Contribution:
-        replica, streams = self.site.replica, self.spec.streams
-        left_out: Tally = {"examples_left_out": float(int(getattr(examples, "left_out", 0))), "load_seconds": waited}
+    def _train(self, user: int, examples: Sequence[Any], waited: float, replica: Replica) -> "_Trained | Contribution":
+        streams = self.spec.streams
+        tally: Tally = {"examples_left_out": float(int(getattr(examples, "left_out", 0))), "load_seconds": waited}
         if not len(examples):
-            return Contribution(user, None, 0.0, {"users_without_data": 1.0, **left_out}, _said_of(examples))
+            return Contribution(user, None, 0.0, {"users_without_data": 1.0, **tally}, _said_of(examples))
         start = time.perf_counter()
         state, own = self._remembered(user), None
         if self.control is not None:
@@ -187,36 +236,39 @@ class Client:
         # In the place of the parameters, which the next user's training sets anew: of a large model a vector is gigabytes.
         result = replica.taken()
         delta = Dense(torch.sub(self.params, result, out=result))
-        trained = time.perf_counter()
-        update, finite = finite_or_zero(delta)
         weight = user_weight(len(examples), self.spec.weighting, self.spec.max_examples)
+        return _Trained(user, delta, state, own, loss, weight, tally, _said_of(examples), time.perf_counter() - start)
+
+    def _contribution(self, trained: "_Trained") -> Contribution:
+        start, user, streams, weight = time.perf_counter(), trained.user, self.spec.streams, trained.weight
+        update, finite = finite_or_zero(trained.delta)
         if self.spec.private:
             update = scale(update, weight)
         stream = cache(partial(streams.generator, "chain", user))
         ctx = Ctx(self.layout, stream, streams.round, self.params, weight, self.wire.support)
-        step = self.chain.apply(update, state, ctx)
+        step = self.chain.apply(update, trained.state, ctx)
         if self.chain.guard is None:
             self.spec.grid.check(step.update, weight)  # what the sum would refuse must not count as sent
         payload, arriving, size = self._sent(step.update)
         if self.states is not None:
-            after = step.state
+            after, own = step.state, trained.own
             if self.control is not None and own is not None:
                 sent = to_dense(step.update, self.layout).to(own.device)
                 after = (after, next_of_user(own, self.control, sent, gradients_moved(self.local)).cpu())
-            after = halved(after) if self.spec.half_states else apart(after, replica.params)
+            after = halved(after) if self.spec.half_states else apart(after, trained.delta.vector)
             self.states.stage(user, streams.round, streams.attempt, after)
         bits = pack_bits(step.clip_bits) if self.spec.clip_bits else b""
-        tally: Tally = {"users": 1.0, "uplink_bytes": float(size + len(bits)), "not_finite": float(not finite), **left_out}
-        if math.isfinite(loss):
-            tally |= {"train_loss": loss, "losses": 1.0}
+        tally = trained.tally | {"users": 1.0, "uplink_bytes": float(size + len(bits)), "not_finite": float(not finite)}
+        if math.isfinite(trained.loss):
+            tally |= {"train_loss": trained.loss, "losses": 1.0}
         tally |= {f"chain.{k}": list(v) if isinstance(v, tuple) else v for k, v in step.measurements.items()}
         if isinstance(step.update, Sparse) or step.update.grid is not None:  # of others no value is left out
             tally["chain.layer_sparsity"] = layer_sparsity(step.update, self.layout)
-        tally |= {"train_seconds": trained - start, "chain_seconds": time.perf_counter() - trained}
+        tally |= {"train_seconds": trained.seconds, "chain_seconds": time.perf_counter() - start}
         # The guard is the identity on what it has just let out here, unless something before it overflowed.
         before = step.measurements.get("update_norm")
         guarded = arriving is step.update and self._ends_in_guard and isinstance(before, float) and math.isfinite(before)
-        return Contribution(user, payload, 1.0 if self.spec.private else weight, tally, _said_of(examples), bits, arriving, guarded)
+        return Contribution(user, payload, 1.0 if self.spec.private else weight, tally, trained.said, bits, arriving, guarded)
 
     def _sent(self, update: Update) -> tuple[bytes | None, Update | None, int]:
         """Return the payload of an update, or what would arrive of it, and the bytes that it takes."""
@@ -233,6 +285,17 @@ class Client:
         if not self.spec.half_states:
             return self.states.load(user, self.spec.streams.round, self.fresh)
         return restored(self.states.load(user, self.spec.streams.round, halved(self.fresh)), self.fresh)
+
+
+@dataclass(eq=False)
+class _Opened:
+    """What a contribution adds to the sum, its clip bits and whether it was finite; or why it was refused."""
+
+    addend: Addend | None = None
+    bits: np.ndarray | None = None
+    finite: bool = True
+    refused: Exception | None = None
+    seconds: float = 0.0
 
 
 class Collector:
@@ -253,28 +316,52 @@ class Collector:
 
     def take(self, block: int, contribution: Contribution) -> Exception | None:
         """Add one user's contribution to the sum; what cannot be taken counts as a failed user, adds nothing, and is returned."""
-        start, refused = time.perf_counter(), None
-        tally, error = contribution.tally, contribution.error
-        if contribution.payload is not None or contribution.update is not None:
-            try:
-                # Under noise a weight that a client states would multiply what the guard has bounded: it went in before the clip.
-                weight = 1.0 if self.spec.private else contribution.weight
-                bits = unpack_bits(contribution.clip_bits, self.spec.clip_bits)
-                update, finite = self._open(contribution)
-                self.fold.add(update, weight, within=self.guard is not None and self._fits and weight == 1.0)
-                self.clip_bits += bits
-                tally = tally | {"weight": weight}
-                if not finite:
-                    tally["not_finite"] = 1.0
-            except (WireError, ArithmeticError) as fault:
-                refused = fault
-                sent = float(len(contribution.payload or b"") + len(contribution.clip_bits))
-                tally = {"failed_users": 1.0, "uplink_bytes": sent if contribution.update is None else number(tally, "uplink_bytes")}
-                error = f"user {contribution.user}: {type(fault).__name__}: {fault}"
+        return self.take_all([(block, contribution)])[0]
+
+    def take_all(self, group: Sequence[tuple[int, Contribution]]) -> list[Exception | None]:
+        """Add the contributions of some users, each with its block, in one pass over the sum; see `take`."""
+        opened = list[_Opened]()
+        for _, contribution in group:
+            start = time.perf_counter()
+            opened.append(self._opened(contribution))
+            opened[-1].seconds = time.perf_counter() - start
+        start, there = time.perf_counter(), [o for o in opened if o.addend is not None]
+        for one, overflow in zip(there, self.fold.add_all([o.addend for o in there if o.addend is not None]), strict=True):
+            one.refused = overflow
+        each = (time.perf_counter() - start) / max(1, len(there))
+        for (block, contribution), one in zip(group, opened, strict=True):
+            self._count(block, contribution, one, one.seconds + (each if one.addend is not None else 0.0))
+        return [one.refused for one in opened]
+
+    def _opened(self, contribution: Contribution) -> "_Opened":
+        """Decode and guard a contribution, where it has an update."""
+        if contribution.payload is None and contribution.update is None:
+            return _Opened()
+        try:
+            # Under noise a weight that a client states would multiply what the guard has bounded: it went in before the clip.
+            weight = 1.0 if self.spec.private else contribution.weight
+            bits = unpack_bits(contribution.clip_bits, self.spec.clip_bits)
+            update, finite = self._open(contribution)
+            within = self.guard is not None and self._fits and weight == 1.0
+            return _Opened(Addend(update, weight, within), bits, finite)
+        except (WireError, ArithmeticError) as fault:
+            return _Opened(refused=fault)
+
+    def _count(self, block: int, contribution: Contribution, opened: "_Opened", seconds: float) -> None:
+        tally, error, refused = contribution.tally, contribution.error, opened.refused
+        if refused is not None:
+            sent = float(len(contribution.payload or b"") + len(contribution.clip_bits))
+            tally = {"failed_users": 1.0, "uplink_bytes": sent if contribution.update is None else number(tally, "uplink_bytes")}
+            error = f"user {contribution.user}: {type(refused).__name__}: {refused}"
+        elif opened.addend is not None:
+            if opened.bits is not None:
+                self.clip_bits += opened.bits
+            tally = tally | {"weight": opened.addend.weight}
+            if not opened.finite:
+                tally["not_finite"] = 1.0
         if error is not None and len(self.errors) < MOST_SAID:
             self.errors.append(shortened(error))
-        self.tallies[block] = add_up([self.tallies.get(block, {}), tally, {"fold_seconds": time.perf_counter() - start}])
-        return refused
+        self.tallies[block] = add_up([self.tallies.get(block, {}), tally, {"fold_seconds": seconds}])
 
     def _open(self, contribution: Contribution) -> tuple[Update, bool]:
         """Decode and guard."""
@@ -292,7 +379,7 @@ class Collector:
 
     def partial(self) -> Partial:
         """Return the sum so far."""
-        return Partial(self.fold.total, self.fold.users, self.tallies, tuple(self.errors), tuple(self.clip_bits.tolist()))
+        return Partial(self.fold.total.cpu().numpy(), self.fold.users, self.tallies, tuple(self.errors), tuple(self.clip_bits.tolist()))
 
 
 def train_blocks(site: Site, spec: RoundSpec, blocks: Iterable[Block], states: UserStates | None = None) -> Partial:
@@ -300,8 +387,8 @@ def train_blocks(site: Site, spec: RoundSpec, blocks: Iterable[Block], states: U
     client = Client(site, spec, states, encodes=False)
     del spec  # with the model as it was sent
     collector = Collector(client.spec, site.replica.layout, str(site.replica.params.device))
-    for block, contribution in client.contributions(blocks):
-        collector.take(block, contribution)
+    for group in client.groups(blocks):
+        collector.take_all(group)
     client.sync()
     return collector.partial()
 

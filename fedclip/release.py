@@ -4,14 +4,22 @@ Nothing of the sum may reach the server chain by another way: no norm of it, no 
 """
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Protocol
 
 import numpy as np
 
 from fedclip.choices import NoiseSplit
 from fedclip.layout import Layout
 from fedclip.transform import Bound
+
+
+class Normals(Protocol):
+    """What noise is made of: a NumPy generator, or one `DrawnAhead`."""
+
+    def standard_normal(self, size: int) -> np.ndarray:
+        """Return the next standard normal numbers, float64, shape (size,)."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +78,7 @@ class Gaussian:
         scale = self.noise_multiplier * math.hypot(*(c / w for c, w in there))
         return tuple(scale * w for w in weights)
 
-    def noise(self, bound: Bound, layout: Layout, rng: np.random.Generator) -> np.ndarray:
+    def noise(self, bound: Bound, layout: Layout, rng: Normals) -> np.ndarray:
         """Return the noise on a sum, float64, shape (d,).
 
         Raises:
@@ -83,6 +91,27 @@ class Gaussian:
             noise[start : start + size] *= deviations[layer]
             start += size
         return noise
+
+
+class DrawnAhead:
+    """A stream whose next standard normal numbers another thread draws meanwhile: the same numbers, there when they are asked for.
+
+    Args:
+        rng: the stream; it may be used again when the numbers have been asked for.
+        size: how many numbers.
+    """
+
+    def __init__(self, rng: np.random.Generator, size: int) -> None:
+        thread = ThreadPoolExecutor(1, "fedclip-noise")
+        self._numbers = thread.submit(rng.standard_normal, size)
+        thread.shutdown(wait=False)  # it ends with what it was given
+
+    def standard_normal(self, size: int) -> np.ndarray:
+        """Return the numbers, float64, shape (size,); once, as whoever gets them may write to them."""
+        numbers: np.ndarray = self._numbers.result()
+        if size != numbers.size:
+            raise ValueError(f"Expected to be asked for the {numbers.size} numbers that were drawn ahead, got {size}.")
+        return numbers
 
 
 Denominator = Literal["weights"] | float
@@ -109,7 +138,7 @@ class Release:
         if self.denominator != "weights" and not self.denominator > 0:
             raise ValueError(f"Expected a denominator over 0, got {self.denominator}.")
 
-    def apply(self, total: np.ndarray, weight: float, bound: Bound, layout: Layout, rng: np.random.Generator) -> np.ndarray:
+    def apply(self, total: np.ndarray, weight: float, bound: Bound, layout: Layout, rng: Normals) -> np.ndarray:
         """Return the released mean.
 
         Args:

@@ -27,7 +27,7 @@ class Replica:
     """
 
     def __init__(self, model: nn.Module, device: str = "cpu", *, channels_last: bool = False) -> None:
-        self.model = model.to(device=device, dtype=torch.float32)
+        self.model, self._channels_last = model.to(device=device, dtype=torch.float32), channels_last
         self.layout = Layout.of(self.model)
         self.params = torch.empty(self.layout.size, device=device)
         self.grads = torch.zeros_like(self.params)
@@ -51,6 +51,10 @@ class Replica:
     def of(cls, task: Task, device: str = "cpu") -> Self:
         """Return a replica of a task's model, its weights as the task says they may lie."""
         return cls(task.make_model(), device, channels_last=bool(getattr(task, "channels_last", False)))
+
+    def twin(self, task: Task) -> "Replica":
+        """Return another replica of a task's model, on the same device and with its weights lying the same way."""
+        return Replica(task.make_model(), str(self.params.device), channels_last=self._channels_last)
 
     @property
     def flat_gradients(self) -> bool:

@@ -22,6 +22,7 @@ from fedclip.downlink import Sent
 from fedclip.fold import Fold, Grid
 from fedclip.layout import Layout
 from fedclip.method import AVERAGE_WEIGHT, Method, ServerState, noise_norms
+from fedclip.release import DrawnAhead, Gaussian, Normals
 from fedclip.rng import Streams
 from fedclip.sampling import Available
 from fedclip.spec import Block, RoundSpec
@@ -29,7 +30,7 @@ from fedclip.stages import describe_stage
 from fedclip.tally import MOST_SAID, Tally, add_up, number
 from fedclip.tasks.base import Task
 from fedclip.transform import Ctx
-from fedclip.update import Dense, layer_norms, to_dense
+from fedclip.update import LARGE, Dense, layer_norms, to_dense
 from fedclip.wire import pack_support, support_of
 
 BLOCKS_A_COHORT = 256
@@ -180,14 +181,21 @@ def release(
 ) -> Released:
     """Add the sums, charge the account, and release the mean and the fractions of users within adaptive bounds.
 
-    Under noise the account is charged before the noise is drawn: a release that is not in the ledger is never made.
+    Under noise the account is charged before noise is added: a release that is not in the ledger is never made. The numbers that it is
+    made of are drawn from when the first sum is there, while others are waited for.
 
     Raises:
         FoldOverflow: more users than the grid has room for.
     """
     fold, tallies, errors = Fold(layout.size, plan.spec.grid), dict[int, Tally](), list[str]()
     bits = np.zeros(plan.spec.clip_bits, dtype=np.int64)
+    streams, support = plan.spec.streams, support_of(plan.spec, method.client, layout)
+    noise = streams.generator("noise")
+    normals: Normals = noise
+    ahead = type(method.release.mechanism) is Gaussian and layout.size < LARGE  # one of somebody's own may draw other numbers
     for part in partials:
+        if ahead:
+            normals, ahead = DrawnAhead(noise, layout.size if support is None else len(support)), False
         fold.merge(part.total, part.users)
         bits += np.asarray(part.clip_bits, dtype=np.int64)
         tallies |= part.tallies
@@ -196,17 +204,17 @@ def release(
     start = time.perf_counter()
     tally = add_up(tallies[n] for n in sorted(tallies))
     tally["downlink_bytes"] = float(plan.downlink_bytes)
-    streams, now = plan.spec.streams, method.for_round(state.thresholds, layout)
-    bound, noise = now.bound(layout), streams.generator("noise")
+    now = method.for_round(state.thresholds, layout)
+    bound = now.bound(layout)
     if account is not None and method.release.mechanism is not None:
         account.charge(streams.run, streams.round, streams.attempt, method.release.mechanism.noise_multiplier, bound.total)
-    total, came, support = fold.result().numpy(), fold.users, support_of(plan.spec, method.client, layout)
+    total, came = fold.result().numpy(), fold.users
     del fold
     if support is None:
-        mean = now.release.apply(total, number(tally, "weight"), bound, layout, noise)
+        mean = now.release.apply(total, number(tally, "weight"), bound, layout, normals)
     else:  # a vector of the values on the support, which is public, is all that is summed, noised and divided
         mean = np.zeros_like(total)
-        mean[support] = now.release.apply(total[support], number(tally, "weight"), bound, layout.restricted(support), noise)
+        mean[support] = now.release.apply(total[support], number(tally, "weight"), bound, layout.restricted(support), normals)
     fractions = None
     if method.adaptive is not None:
         cohort = method.sampler.expected_cohort if method.private else None

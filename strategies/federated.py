@@ -102,6 +102,10 @@ class Federated(Strategy):
             )
         params = DenseCodec().decode(messages.model_bytes(arrays), self.layout).vector
         self.state = dataclasses.replace(self.state, params=params)
+        return self._requests(grid)
+
+    def _requests(self, grid: Grid) -> list[Message]:
+        """Draw the cohort and return a message for each node that has users to train."""
         self._plan = begin(self.method, self.state, self.layout, self._secret, self._run, self.account)
         nodes, spec = list(grid.get_node_ids()), self._plan.spec
         # Where any worker does any node's messages, what one did says nothing of the next time.
@@ -113,7 +117,7 @@ class Federated(Strategy):
             node: messages.train_request(spec, share, self._recipe, self._device, self._reply, model, self._states)
             for node, share in self._dealt.items()
         }
-        return self._address(contents, MessageType.TRAIN, server_round, grid)
+        return self._address(contents, MessageType.TRAIN, self.state.round + 1, grid)
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Add the sums, release, take the server step; return the new model and the mean training loss.
@@ -121,15 +125,19 @@ class Federated(Strategy):
         Raises:
             WorkerError: a node replied with an error, or not at all.
         """
+        tally = self._finished(replies).tally
+        losses, loss = tally.get("losses", 0.0), tally.get("train_loss", 0.0)
+        mean = loss / losses if isinstance(loss, float) and isinstance(losses, float) and losses else float("nan")
+        return self.arrays(), MetricRecord({"train_loss": mean})
+
+    def _finished(self, replies: Iterable[Message]) -> Outcome:
+        """Add the sums, release, and take the server step."""
         if self._plan is None:
             raise RuntimeError("Expected configure_train before aggregate_train.")
         partials = self._partials(replies, self._plan)
         self.outcome = finish(self.method, self.state, self.layout, self._plan, partials, self.account, self.keep)
         self.state, self._plan = self.outcome.state, None
-        losses = self.outcome.tally.get("losses", 0.0)
-        loss = self.outcome.tally.get("train_loss", 0.0)
-        mean = loss / losses if isinstance(loss, float) and isinstance(losses, float) and losses else float("nan")
-        return self.arrays(), MetricRecord({"train_loss": mean})
+        return self.outcome
 
     def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
         """Return a message for each node with held-out units to evaluate."""
@@ -156,14 +164,11 @@ class Federated(Strategy):
 
         Replies are added as they come, in any order, and each is let go before the next: memory does not grow with the number of nodes.
         """
-        next_round = self.state.round + 1
-        out = list(self.configure_train(next_round, self.arrays(), ConfigRecord(), grid))
+        out = self._requests(grid)
         sizes = [(message.metadata, len(self._dealt[message.metadata.dst_node_id])) for message in out]  # ids come when they are sent
-        self.aggregate_train(next_round, exchange(grid, out))
-        if self.outcome is None:
-            raise RuntimeError("Expected an outcome after aggregate_train.")
+        outcome = self._finished(exchange(grid, out))
         faults = faults_of(grid, {meta.message_id: blocks for meta, blocks in sizes})
-        self.outcome = dataclasses.replace(self.outcome, tally=self.outcome.tally | faults)
+        self.outcome = dataclasses.replace(outcome, tally=outcome.tally | faults)
         return self.outcome
 
     def replay(self, released: Released) -> Outcome:

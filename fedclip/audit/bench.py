@@ -122,7 +122,7 @@ class Bench:
 
     def nobody(self, plan: Plan, users: int) -> Partial:
         """Return the sum over users whose updates are zero, and whose clip bits cancel."""
-        total = torch.zeros(self.layout.size, dtype=torch.int64)
+        total = np.zeros(self.layout.size, dtype=np.int64)
         tallies: dict[int, Tally] = {0: {"users": float(users), "weight": float(users)}} if users else {}
         return Partial(total, users, tallies, (), (0,) * plan.spec.clip_bits)
 

@@ -141,7 +141,7 @@ def audit_chain(
             without = world.round(round, [(u, v) for u, v in sent if u != out])
             moved.take(total, without, bound, layout, exponent, any(u == out for u, _ in sent))
             if support is not None:
-                outside = max(outside, float((total.total - without.total)[torch.from_numpy(~support)].abs().max()))
+                outside = max(outside, float(np.abs((total.total - without.total)[~support]).max()))
     sent_most = max(world.sent for world in worlds)
     detail = f"{removed} of {users} users taken out, {rounds} rounds"
     return (

@@ -51,7 +51,7 @@ class Moved:
 
     def take(self, whole: Partial, without: Partial, bound: Bound, layout: Layout, exponent: int, was_there: bool) -> None:
         """Compare the sums of one round."""
-        ratio = ratio_to_bound((whole.total - without.total).double().numpy() * 2.0**-exponent, bound, layout)
+        ratio = ratio_to_bound((whole.total - without.total) * 2.0**-exponent, bound, layout)
         moved = np.abs(np.asarray(whole.clip_bits, dtype=np.int64) - np.asarray(without.clip_bits, dtype=np.int64))
         self.present, self.absent = (max(self.present, ratio), self.absent) if was_there else (self.present, max(self.absent, ratio))
         self.bits = max(self.bits, float(np.max(moved, initial=0)))

@@ -1,5 +1,6 @@
 """The exact sum: no order, no partition and no other user changes what one user adds."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedclip.fold import Fold, FoldOverflow, Grid
+from fedclip.fold import Addend, Fold, FoldOverflow, Grid
 from fedclip.update import SPAN, Dense, Scaled, Sparse, times, to_dense
 from tests.strategies_of_data import flat, float64_norm
 
@@ -44,7 +45,7 @@ def test_any_partition_and_order_has_the_same_bits(users, data):
     folds = [folded(shuffled[a:b], grid) for a, b in zip([0, *cuts], [*cuts, len(users)], strict=True)]
     total = Fold(D, grid)
     for fold in data.draw(st.permutations(folds)):
-        total.merge(fold.total, fold.users)
+        total.merge(fold.total.numpy(), fold.users)
     assert torch.equal(total.total, whole.total)
     assert total.users == whole.users == len(users)
     assert total.result().numpy().tobytes() == whole.result().numpy().tobytes()
@@ -176,11 +177,28 @@ def test_more_users_than_there_is_room_for_is_an_error_and_changes_nothing():
     with pytest.raises(FoldOverflow, match="at most 2 users"):
         fold.add(Dense(torch.ones(D)))
     with pytest.raises(FoldOverflow, match="at most 2 users"):
-        fold.merge(torch.ones(D, dtype=torch.int64), 1)
+        fold.merge(np.ones(D, dtype=np.int64), 1)
     assert (fold.users, fold.total.tolist()) == (2, [2048] * D)
 
 
-@pytest.mark.parametrize("other", [torch.ones(1, dtype=torch.int64), torch.ones(D), torch.ones(D + 1, dtype=torch.int64)])
+@given(cohorts(), st.data())
+def test_users_added_together_are_added_as_one_by_one_and_what_does_not_fit_hurts_nobody(users, data):
+    grid = dataclasses.replace(Grid.for_bound(1.0, len(users)), capacity=data.draw(st.integers(1, 12)))
+    users.insert(data.draw(st.integers(0, len(users))), Dense(torch.full((D,), 1.5)))
+    together, alone, refused = Fold(D, grid), Fold(D, grid), []
+    for user in users:
+        try:
+            alone.add(user)
+            refused.append(None)
+        except FoldOverflow as error:
+            refused.append(str(error))
+    found = together.add_all([Addend(user) for user in users])
+    assert [error and str(error) for error in found] == refused
+    assert torch.equal(together.total, alone.total)
+    assert together.users == alone.users == refused.count(None)
+
+
+@pytest.mark.parametrize("other", [np.ones(1, dtype=np.int64), np.ones(D), np.ones(D + 1, dtype=np.int64)])
 def test_a_sum_of_another_shape_or_type_is_refused(other):
     with pytest.raises(ValueError, match="int64 sum"):
         Fold(D, Grid.for_bound(1.0, 1)).merge(other, 1)

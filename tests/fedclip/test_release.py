@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fedclip.layout import Layout
-from fedclip.release import Gaussian, Release
+from fedclip.release import DrawnAhead, Gaussian, Release
 from fedclip.rng import Streams
 from fedclip.transform import UNBOUNDED, Bound
 
@@ -116,3 +116,11 @@ def test_what_would_not_be_private_is_refused():
     for bad in (0.0, -1.0, math.nan):
         with pytest.raises(ValueError, match="denominator"):
             Release(None, bad)
+
+
+def test_numbers_drawn_ahead_are_those_of_the_stream():
+    stream, plain = rng(), rng()
+    for size in (1000, 7):
+        assert np.array_equal(DrawnAhead(stream, size).standard_normal(size), plain.standard_normal(size))
+    with pytest.raises(ValueError, match="3 numbers that were drawn ahead, got 4"):
+        DrawnAhead(stream, 3).standard_normal(4)

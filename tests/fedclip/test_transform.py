@@ -31,8 +31,8 @@ def test_the_empty_chain_is_the_identity():
 
 def test_stages_apply_from_left_to_right():
     vector = [8.0, 0, 0, 0, 0, 0]
-    assert float(run(chain(ClipByGlobalNorm(1.0), Amplify(3.0)), vector).update.vector[0]) == pytest.approx(3, rel=2e-6)
-    assert float(run(chain(Amplify(3.0), ClipByGlobalNorm(1.0)), vector).update.vector[0]) == pytest.approx(1, rel=2e-6)
+    assert float(run(chain(ClipByGlobalNorm(1.0), Amplify(3.0)), vector).update.vector[0]) == pytest.approx(3, rel=2e-5)
+    assert float(run(chain(Amplify(3.0), ClipByGlobalNorm(1.0)), vector).update.vector[0]) == pytest.approx(1, rel=2e-5)
 
 
 def test_a_chain_in_a_chain_is_its_stages():
