@@ -111,14 +111,16 @@ class Reporter:
         for error in errors:
             self._console.print(f"  {error}", highlight=False, markup=False)
         result = describe_result(summary)
-        self._console.print(f"{summary['status']}: {summary['rounds']} rounds in {summary['total_seconds']:.0f} s{result}", highlight=False)
+        seconds = f" in {summary['total_seconds']:.0f} s" if "total_seconds" in summary else ""  # of devices it may be withheld
+        self._console.print(f"{summary['status']}: {summary['rounds']} rounds{seconds}{result}", highlight=False)
         for line in describe_speakers(summary):
             self._console.print(line, highlight=False, soft_wrap=True)
         if "note" in summary:
             self._console.print(summary["note"], highlight=False, soft_wrap=True)
         if "uplink_ratio" in summary:
             self._console.print(describe_traffic(summary), highlight=False, soft_wrap=True)
-        self._console.print(describe_memory(summary), highlight=False, soft_wrap=True)
+        if "peak_memory_bytes" in summary:
+            self._console.print(describe_memory(summary), highlight=False, soft_wrap=True)
         for key in ("measured", "extrapolated"):
             if key in summary:
                 self._console.print(Guarantee(**summary[key]).describe(), highlight=False, soft_wrap=True)

@@ -281,15 +281,15 @@ def _summary(run: Run, status: str) -> dict[str, Any]:
         "name": experiment.run.name,
         "status": status,
         "rounds": engine.state.round,
-        "total_seconds": run.seconds,
-        "saving_seconds_total": progress.saving_seconds,
         "parameters": engine.layout.size,
         "startup_memory_bytes": run.prepared.startup_memory,
-        "peak_memory_bytes": peak_memory(),
         "population": experiment.population.size,
     }
-    if not withholds(experiment):
+    if not withholds(experiment):  # else no time either, nor the memory that updates took: both tell of who answered
         summary |= {
+            "total_seconds": run.seconds,
+            "saving_seconds_total": progress.saving_seconds,
+            "peak_memory_bytes": peak_memory(),
             "users_total": int(progress.users),
             "failed_users_total": int(progress.failed),
             "uplink_bytes_total": int(progress.uplink),

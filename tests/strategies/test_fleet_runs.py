@@ -9,17 +9,15 @@ import pytest
 import torch
 from flwr.app import Message
 from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from experiments.engines import account_of
 from experiments.folder import read_metrics
 from experiments.live import Reporter
+from experiments.report.read import curves_of
 from experiments.run import Run, run_rounds
 from fedclip.account import read_ledger
-from tests.strategies.devices import (
-    Device,
-    said_otherwise,
-    sent_otherwise,
-)
+from tests.strategies.devices import Device, said_otherwise, sent_otherwise
 from tests.strategies.fleets import QUIET, make, payload_of
 
 
@@ -41,6 +39,7 @@ def test_under_noise_no_metric_leaves_a_device_nor_the_server_unless_it_is_asked
             assert run_rounds(site.prepared, site.fleet, path, reporter) == 0
         (row,), summary = read_metrics(path), json.loads((path / "summary.json").read_text())
         told = {"users", "failed_users", "train_loss", "uplink_bytes", "downlink_bytes", "users_per_second", "clipped", "update_norm"}
+        told |= {"round_seconds"}
         assert (told <= {*row}) == diagnostics
         assert ("tally" in said[-1]["users"][0]) == diagnostics
         assert {"round", "attempt", "epsilon", "delta", "wer", "layer_snr"} <= {*row}
@@ -50,6 +49,36 @@ def test_under_noise_no_metric_leaves_a_device_nor_the_server_unless_it_is_asked
         if not diagnostics:
             assert not told & {*row}
             assert not {"train_seconds", "trainer_busy", "unanswered_users"} & {*row}
+
+
+def shown(path: Path) -> dict[str, Any]:
+    """Return what the files of a run that others may see say, but for the process and what it ran on."""
+    said: dict[str, Any] = {"metrics": (path / "metrics.jsonl").read_text()}
+    for name, own in (("heartbeat", "pid"), ("summary", "startup_memory_bytes")):
+        said[name] = json.loads((path / f"{name}.json").read_text())
+        del said[name][own]
+    events = EventAccumulator(str(path / "tensorboard")).Reload()
+    said["curves"] = {name: events.Scalars(name) for name in events.Tags()["scalars"]}
+    said["report"] = curves_of(read_metrics(path), 100)
+    return said
+
+
+def test_under_noise_nothing_that_is_shown_tells_how_long_a_round_was_waited_for(devices: list[Device], tmp_path: Path) -> None:
+    told = []
+    for wait in (0.1, 1.0):
+        folder = tmp_path / str(wait)
+        folder.mkdir()
+        site = make(devices, folder, f"deployment.deadline_seconds={wait}", "run.rounds=1")
+        site.grid.silent, screen = {devices[2].name}, io.StringIO()
+        with Reporter(1, quiet=True, console=Console(file=screen)) as reporter:
+            assert run_rounds(site.prepared, site.fleet, folder / "run", reporter) == 0
+        assert "done: 1 rounds, WER" in screen.getvalue()
+        told.append(shown(folder / "run"))
+        for device in devices:
+            device.forget()
+    assert told[0] == told[1]
+    assert told[0]["curves"]["epsilon"][0].wall_time == 1
+    assert told[0]["report"]["seconds"] == [None]
 
 
 def test_a_run_on_devices_is_gone_on_with_where_it_stopped(devices: list[Device], tmp_path: Path) -> None:
