@@ -45,6 +45,9 @@ not asked for; a payload that is no update of this model. The last two: a node t
 LARGEST_SAID = 1 << 20
 """Bytes of what a reply says beside its payloads, at most."""
 
+AROUND = 4096
+"""Bytes that Flower writes around a payload, at most: objects that name each other."""
+
 LARGEST_BITS = 10_000
 """Clip bits of a user, at most, in hexadecimal digits."""
 
@@ -127,18 +130,18 @@ class Gate:
         round: the round.
         attempt: the attempt.
         spec: the hash of what the devices were told.
-        size: values in an update, d.
+        largest: bytes that the payload of a user's update has at most; 0 where none is asked for.
         signed: whether replies must be signed.
     """
 
-    def __init__(self, run: str, round: int, attempt: int, spec: str, size: int, *, signed: bool = True) -> None:
+    def __init__(self, run: str, round: int, attempt: int, spec: str, largest: int, *, signed: bool = True) -> None:
         self._named = {"run": run, "round": round, "attempt": attempt}
         self._spec, self._signed, self._answered = spec, signed, set[str]()
-        self.largest = 12 * size + 4096  # positions and values of every one of them, and room for headers
+        self.largest = largest
 
     def limit(self, asked: Asked) -> int:
         """Return how many bytes a reply may have in all."""
-        return LARGEST_SAID + self.largest * max(1, len(asked.users))
+        return LARGEST_SAID + (self.largest + AROUND) * len(asked.users)
 
     def updates(self, reply: Message, asked: Asked, *, heaviest: float | None, measured: bool) -> list[Contribution]:
         """Return what the users of a reply give.

@@ -36,6 +36,7 @@ from fedclip.tally import MOST_CHARACTERS, add_up
 from fedclip.tasks.base import Counts, Task
 from fedclip.tasks.build import TaskRecipe
 from fedclip.update import Dense
+from fedclip.wire import Wire
 
 SECONDS_BETWEEN_PULLS = 0.5
 
@@ -113,7 +114,7 @@ class Fleet:
         self._taken: dict[int, tuple[int, int]] = {}
         self._accepted: tuple[int, ...] = ()
         self._names: dict[int, str] = {}
-        self._late: deque[dict[str, Asked]] = deque(maxlen=ROUNDS_LATE)
+        self._late: deque[tuple[Gate, dict[str, Asked]]] = deque(maxlen=ROUNDS_LATE)
         self._left_out: dict[str, tuple[int, Cause]] = {}
         self._sent: dict[str, Message] = {}
         self._here: Site | None = None
@@ -247,8 +248,10 @@ class Fleet:
     def _collect(self, plan: Plan, nodes: Mapping[int, Enrolled]) -> tuple[Collector, float]:
         """Ask the users of a plan, and return the sum of what was taken of the answers, and the bytes that went down."""
         streams, spec = plan.spec.streams, plan.spec
-        gate = Gate(self.run, streams.round, streams.attempt, spec.digest, self.layout.size, signed=not self._options.insecure)
-        self._count_late(gate)
+        # As many bytes as this round's chain and codec can make of an update, and no more.
+        largest = Wire.of(spec, self.method.client, self.layout).largest
+        gate = Gate(self.run, streams.round, streams.attempt, spec.digest, largest, signed=not self._options.insecure)
+        self._count_late()
         self._sent.clear()
         out = self._push(self._requests(plan, nodes))
         down = float(len(out) * (len(spec.params) + len(spec.support) + len(spec.control)))
@@ -336,7 +339,7 @@ class Fleet:
                 time.sleep(SECONDS_BETWEEN_PULLS)
                 waiting |= self._push_again(absent) if absent else {}
         if waiting:
-            self._late.append(waiting)
+            self._late.append((gate, waiting))
 
     def _pulled(self, id: str, waiting: dict[str, Asked], gate: Gate) -> Iterator[tuple[Asked, Message]]:
         asked = waiting[id]
@@ -352,9 +355,9 @@ class Fleet:
             del waiting[id]
             yield asked, replies.pop()
 
-    def _count_late(self, gate: Gate) -> None:
+    def _count_late(self) -> None:
         """Count the replies that have come since a round went on without them, and drop them."""
-        for waiting in self._late:
+        for gate, waiting in self._late:
             for id in [id for id, asked in waiting.items() if asked.nonce]:
                 for asked, reply in self._pulled(id, waiting, gate):
                     if not is_unreached(reply):

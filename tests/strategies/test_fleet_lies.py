@@ -10,8 +10,10 @@ import pytest
 import torch
 from flwr.app import Error, Message
 
-from clients.gate import Asked, Gate, Rejected
+from clients.gate import LARGEST_SAID, Asked, Gate, Rejected
 from clients.signing import read_private, sign
+from fedclip.layout import Layout
+from fedclip.packed import PackedCodec
 from fedclip.update import Dense
 from tests.strategies.devices import (
     Device,
@@ -53,6 +55,12 @@ def deeply_nested(device: Device) -> Hook:
     return hook
 
 
+def dense_again(payload: bytes) -> bytes:
+    """Return an update of the same model that no user of the chain can have: all its values."""
+    size = int.from_bytes(payload[8:16], "little")
+    return PackedCodec().encode(Dense(torch.randn(size, generator=torch.Generator().manual_seed(0))), Layout(("x",), ((size,),), ("x",)))
+
+
 LIES: dict[str, tuple[str, Callable[[Device], Hook]]] = {
     "raises": ("failed", lambda d: raising),
     "of another node": ("unknown node", lambda d: from_another_node),
@@ -72,6 +80,7 @@ LIES: dict[str, tuple[str, Callable[[Device], Hook]]] = {
     "no update": ("undecodable", lambda d: sent_otherwise(d, payload_of("no update"))),
     "a cut update": ("undecodable", lambda d: sent_otherwise(d, lambda payload: payload[:-1])),
     "a long update": ("oversized", lambda d: sent_otherwise(d, lambda payload: payload + bytes(10**7))),
+    "a dense update where few values are sent": ("oversized", lambda d: sent_otherwise(d, dense_again)),
     "clip bits": ("undecodable", lambda d: said_otherwise(d, lambda said: said["users"][0].update(clip_bits="ff"))),
 }
 
@@ -89,6 +98,18 @@ def test_a_reply_that_is_not_as_it_must_be_moves_nothing_and_is_counted(
     assert site.fleet.rejected == {cause: 1}
     assert torch.equal(site.fleet.state.params, absent)
     assert site.fleet.remembered[2] == [2, 1, 0]  # what its device keeps of the second round does not count
+
+
+def test_no_more_of_a_reply_is_fetched_than_the_chain_of_the_round_can_make(devices: list[Device], tmp_path: Path) -> None:
+    site = make(devices, tmp_path)
+    pull, limits = site.fleet._pulls.pull, list[int]()
+    site.fleet._pulls.pull = lambda id, limit: limits.append(limit) or pull(id, limit)
+    for _ in range(2):
+        site.fleet.round()
+    values = [site.prepared.method.client.stored(round, site.fleet.layout) or 0 for round in (1, 2)]  # fewer after the warm-up
+    room = [limit - LARGEST_SAID for limit in limits]
+    assert [7 * n < bytes < 7 * n + 5000 for n, bytes in zip([values[0]] * 3 + [values[1]] * 3, room, strict=True)] == [True] * 6
+    assert values[1] < values[0] / 3 < site.fleet.layout.size / 9
 
 
 def test_what_a_device_remembers_counts_only_where_its_update_was_taken(devices: list[Device], tmp_path: Path) -> None:
@@ -110,7 +131,7 @@ def test_the_same_reply_counts_once(devices: list[Device], tmp_path: Path) -> No
     reply: list[Message] = []
     devices[2].hook = lambda request, honest: [reply.append(honest) or honest]
     site.fleet.round()
-    gate = Gate(site.fleet.run, 1, 0, json.loads(str(reply[0].content.config_records["reply"]["said"]))["spec"], site.fleet.layout.size)
+    gate = Gate(site.fleet.run, 1, 0, json.loads(str(reply[0].content.config_records["reply"]["said"]))["spec"], 10**6)
     said = json.loads(str(reply[0].content.config_records["reply"]["said"]))
     asked = Asked(102, devices[2].name, devices[2].public, said["nonce"], (2,))
     assert len(gate.updates(reply[0], asked, heaviest=None, measured=False)) == 1
