@@ -1,5 +1,6 @@
 """What a person sees while a run goes on: a live table on a terminal, plain lines elsewhere."""
 
+import json
 import math
 import shlex
 import time
@@ -22,6 +23,9 @@ SHOWN_ROUNDS = 12
 SHOWN_WORKERS = 16
 SECONDS_BETWEEN_LINES = 5.0
 SECONDS_BEFORE_BAR = 2.0
+
+DEPLOYMENT = "deployment"
+"""The `command` of runs on real devices, which `flwr run` starts and goes on with."""
 
 
 @contextmanager
@@ -130,7 +134,10 @@ class Reporter:
             if line:
                 self._console.print(line, highlight=False, markup=False, soft_wrap=True)
         if resume_by is not None:
-            self._console.print(f"to go on: fedclip {resume_by} --resume {shlex.quote(str(path))}", highlight=False, soft_wrap=True)
+            by = f"fedclip {resume_by} --resume {shlex.quote(str(path))}"
+            if resume_by == DEPLOYMENT:
+                by = f"flwr run . --run-config {shlex.quote(f'resume={json.dumps(str(path))}')}, with the federation and `set` as before"
+            self._console.print(f"to go on: {by}", highlight=False, markup=False, soft_wrap=True)
 
     def _cells(self, row: dict[str, Any], seconds: float) -> tuple[str, ...]:
         for key, name in (("wer", "WER"), ("accuracy", "accuracy")):

@@ -1,8 +1,10 @@
 """Rounds on real devices, without the network: the bits of a simulation, and nothing taken of what is not as it must be."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 from flwr.app import Error, Message
@@ -14,6 +16,7 @@ from fedclip.account import BudgetSpent
 from fedclip.round import WorkerError
 from tests.strategies.devices import (
     Device,
+    Devices,
     revoked,
 )
 from tests.strategies.fleets import QUIET, VISION, make, simulated, without_records
@@ -59,7 +62,7 @@ def test_a_node_that_was_away_is_asked_again_when_it_is_back_and_counts_once(dev
     assert not site.warned
     assert torch.equal(site.fleet.state.params, simulated(site, tmp_path, 1).state.params)
     site.grid.silent = {devices[1].name}
-    site.fleet._options = site.fleet._options.model_copy(update={"deadline_seconds": 0.3})
+    site.fleet._asking._deadline = 0.3
     away.append(True)
     site.fleet.round()
     assert site.fleet.remembered[1] == [1, 1, 0]
@@ -165,4 +168,47 @@ def test_in_insecure_mode_too_a_user_counts_once(devices: list[Device], tmp_path
     site.grid.devices[200] = stranger
     tally = site.fleet.round().tally
     assert tally["users"] == 3
+    assert torch.equal(site.fleet.state.params, simulated(site, tmp_path, 1).state.params)
+
+
+def flaky(grid: Devices, *calls: str) -> list[str]:
+    """Let each of some calls fail the first time, after the SuperLink has done what was asked; return what has failed."""
+    failed: list[str] = []
+
+    def once(name: str) -> Callable[..., Any]:
+        call = getattr(grid, name)
+
+        def failing(*arguments: Any) -> Any:
+            if name in failed:
+                return call(*arguments)
+            failed.append(name)
+            if name != "pull_messages":  # which gives a reply away
+                call(*arguments)
+            raise httpx.ReadTimeout("the proxy is started anew")
+
+        return failing
+
+    for name in calls:
+        setattr(grid, name, once(name))
+    return failed
+
+
+def test_a_superlink_that_fails_for_a_moment_costs_nothing(devices: list[Device], tmp_path: Path) -> None:
+    site, trained = make(devices, tmp_path), list[str]()
+    calls = ("get_nodes", "push_messages", "pull_messages", "get_node_ids")
+    failed = flaky(site.grid, *calls)
+    away = [True]
+
+    def hook(request: Message, reply: Message) -> list[Message]:
+        if away and away.pop():
+            return [Message(Error(ErrorCode.NODE_UNAVAILABLE), reply_to=request)]
+        trained.append(request.metadata.message_id)
+        return [reply]
+
+    for device in devices:
+        device.hook = hook
+    assert site.fleet.round().tally["users"] == 3
+    assert {*failed} == {*calls}
+    assert not site.warned
+    assert len({*trained}) == len(trained) == 3
     assert torch.equal(site.fleet.state.params, simulated(site, tmp_path, 1).state.params)

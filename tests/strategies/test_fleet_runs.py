@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 from flwr.app import Message
@@ -138,3 +139,38 @@ def test_under_noise_not_even_the_end_of_a_run_tells_how_many_failed(devices: li
     summary = json.loads((path / "summary.json").read_text())
     assert (summary["status"], "error" in summary) == ("done", False)
     assert "user 1" not in said.getvalue()
+
+
+def test_a_superlink_that_stays_away_ends_the_run_which_is_gone_on_with_and_counts_nothing_twice(
+    devices: list[Device], tmp_path: Path
+) -> None:
+    straight = make(devices, tmp_path)
+    for _ in range(2):
+        straight.fleet.round()
+    for device in devices:
+        device.forget()
+    path, screen = tmp_path / "run", io.StringIO()
+    settings = ("run.rounds=2", "deployment.deadline_seconds=0.3", "evaluation.every=0")
+    with Reporter(2, quiet=True, console=Console(file=screen, width=200)) as reporter:
+        site = make(devices, tmp_path, *settings)
+        path.mkdir()
+        site.fleet.account = account_of(site.prepared, path)
+        push, rounds = site.grid.push_messages, list[int]()
+
+        def pushed(messages: Any) -> Any:
+            rounds.append(1)
+            if len(rounds) > 1:
+                raise httpx.ConnectError("down")
+            return push(messages)
+
+        site.grid.push_messages = pushed
+        assert run_rounds(site.prepared, site.fleet, path, reporter) == 1
+        summary = json.loads((path / "summary.json").read_text())
+        assert (summary["status"], summary["rounds"]) == ("failed", 1)
+        assert "start it again" in summary["error"]
+        assert f"to go on: flwr run . --run-config 'resume=\"{path}\"'" in screen.getvalue()
+        again = make(devices, tmp_path, *settings)
+        again.fleet.account = account_of(again.prepared, path)
+        assert run_rounds(again.prepared, again.fleet, path, reporter, resume=True) == 0
+    assert [(c.round, c.attempt) for c in read_ledger(path / "ledger.jsonl")] == [(1, 0), (2, 0)]
+    assert torch.equal(again.fleet.state.params, straight.fleet.state.params)
