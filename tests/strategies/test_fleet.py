@@ -212,3 +212,17 @@ def test_a_superlink_that_fails_for_a_moment_costs_nothing(devices: list[Device]
     assert not site.warned
     assert len({*trained}) == len(trained) == 3
     assert torch.equal(site.fleet.state.params, simulated(site, tmp_path, 1).state.params)
+
+
+def test_a_device_keeps_what_chains_remember_of_the_last_runs(devices: list[Device], tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("clients.kept.KEPT_RUNS", 2)
+    runs = []
+    for n in range(3):
+        site = make(devices, tmp_path, f"local.lr={0.1 + n / 10}")
+        runs.append(site.fleet.run)
+        site.fleet.round()
+    assert len({*runs}) == 3
+    for device in devices:
+        kept = device.folder / ".fedclip"
+        assert {path.name for path in kept.iterdir()} == {*runs[1:]}
+        assert [len([*(kept / run).rglob("*.state")]) for run in runs[1:]] == [1, 1]
