@@ -7,6 +7,7 @@ What its users' chains remember lies in the folder `.fedclip` of its data.
 import dataclasses
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 from flwr.app import RecordDict
 
 from clients import messages
+from clients.kept import in_use
 from clients.signing import read_private, sign
 from fedclip.client import Client, Contribution, Site, evaluate_units
 from fedclip.codec import DenseCodec
@@ -61,8 +63,9 @@ def train(request: messages.TrainRequest, config: Mapping[str, Any]) -> RecordDi
     folder, site = _site(config, request.task, request.device, errand)
     states = StatesOnDevice(folder / KEPT_IN / errand.run, errand.taken)
     client = Client(site, request.spec, states)
-    done = [contribution for _, contribution in client.contributions(request.blocks)]
-    client.sync()
+    with in_use(folder / KEPT_IN, errand.run) if client.states is not None else nullcontext():
+        done = [contribution for _, contribution in client.contributions(request.blocks)]
+        client.sync()
     said = {"users": [_said_of(contribution, errand) for contribution in done]}
     payloads = {c.user: c.payload for c in done if c.payload is not None}
     return _reply(errand, request.spec.digest, said, payloads, signer)

@@ -43,7 +43,13 @@ asked; naming another run, round, attempt, message or model; taken already; afte
 not asked for; a payload that is no update of this model. The last two: a node that is there and is not asked."""
 
 LARGEST_SAID = 1 << 20
-"""Bytes of what a reply says beside its payloads, at most."""
+"""Bytes of what a reply says beside its payloads and its users, at most."""
+
+LARGEST_COUNTS, MOST_UNITS, MOST_COUNTS = 8 << 20, 20_000, 100
+"""Bytes of what an evaluation's reply says, at most; units that it may be of, and counts of each."""
+
+AROUND = 1 << 15
+"""Bytes around the payload of a user, at most: what is said of the user, and what Flower writes."""
 
 LARGEST_BITS = 10_000
 """Clip bits of a user, at most, in hexadecimal digits."""
@@ -62,6 +68,10 @@ LARGEST_MEASURED = 1e12
 
 Finite = Annotated[float, Field(ge=-1e100, le=1e100)]
 """Never infinite, nor is the sum over any number of users."""
+
+Name = Annotated[str, Field(max_length=100)]
+
+Count = Annotated[float, Field(ge=0, le=1e100)]
 
 Hash = Annotated[str, Field(max_length=64)]
 
@@ -101,7 +111,7 @@ class _OfUser(BaseModel):
     clip_bits: Annotated[str, Field(max_length=LARGEST_BITS, pattern="^([0-9a-f]{2})*$")]
     weight: Annotated[float, Field(ge=0, le=2.0**16)]
     error: Annotated[str, Field(max_length=MOST_CHARACTERS)] | None = None
-    tally: dict[Annotated[str, Field(max_length=100)], Finite] = Field(default={}, max_length=100)
+    tally: dict[Name, Finite] = Field(default={}, max_length=100)
 
 
 Said = TypeVar("Said", bound=_Said)
@@ -112,7 +122,7 @@ class _Updates(_Said):
 
 
 class _Counts(_Said):
-    counts: Annotated[list[dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]]], Field(max_length=100_000)]
+    counts: Annotated[list[Annotated[dict[Name, Count], Field(max_length=MOST_COUNTS)]], Field(max_length=MOST_UNITS)]
 
 
 class _Rates(_Said):
@@ -127,18 +137,21 @@ class Gate:
         round: the round.
         attempt: the attempt.
         spec: the hash of what the devices were told.
-        size: values in an update, d.
+        largest: bytes that the payload of a user's update has at most; 0 where none is asked for.
         signed: whether replies must be signed.
+        said: bytes of what a reply may say beside payloads and users.
     """
 
-    def __init__(self, run: str, round: int, attempt: int, spec: str, size: int, *, signed: bool = True) -> None:
+    def __init__(
+        self, run: str, round: int, attempt: int, spec: str, largest: int, *, signed: bool = True, said: int = LARGEST_SAID
+    ) -> None:
         self._named = {"run": run, "round": round, "attempt": attempt}
         self._spec, self._signed, self._answered = spec, signed, set[str]()
-        self.largest = 12 * size + 4096  # positions and values of every one of them, and room for headers
+        self.largest, self._said = largest, said
 
     def limit(self, asked: Asked) -> int:
         """Return how many bytes a reply may have in all."""
-        return LARGEST_SAID + self.largest * max(1, len(asked.users))
+        return self._said + (self.largest + AROUND) * len(asked.users)
 
     def updates(self, reply: Message, asked: Asked, *, heaviest: float | None, measured: bool) -> list[Contribution]:
         """Return what the users of a reply give.
@@ -182,7 +195,7 @@ class Gate:
             raise Rejected("unknown node", f"node {reply.metadata.src_node_id} in the place of {asked.name}")
         try:
             text, signature, payloads = read_device_reply(reply.content)
-            if len(text) > LARGEST_SAID:
+            if len(text) > self._said + AROUND * len(asked.users):
                 raise Rejected("oversized", f"{len(text)} characters beside the payloads")
             said = kind.model_validate_json(text)
         except (ValidationError, ValueError, KeyError, TypeError, RecursionError) as error:

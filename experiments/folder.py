@@ -50,7 +50,7 @@ def stamp_of(experiment: Experiment) -> str:
 
 
 def withholds(experiment: Experiment) -> bool:
-    """Return whether nothing of cohorts is shown: of real devices under noise, where diagnostics were not asked for."""
+    """Return whether nothing of cohorts is shown, nor any time: of real devices under noise, where diagnostics were not asked for."""
     options = experiment.deployment
     return options is not None and not options.diagnostics and experiment.privacy.noise_multiplier is not None
 
@@ -83,7 +83,8 @@ class RunFolder:
         name: str | None = None,
     ) -> None:
         self.path, self._experiment, self._storage = path, experiment, storage or Storage()
-        self._trackers = open_trackers(experiment.run.trackers, path, experiment.run.name)
+        self._withholds = withholds(experiment)
+        self._trackers = open_trackers(experiment.run.trackers, path, experiment.run.name, timed=not self._withholds)
         self._noise = experiment.privacy.noise_multiplier is not None
         self._recorded = set[str]()
         if not resume:
@@ -140,8 +141,9 @@ class RunFolder:
     def beat(self, round: int, status: str, seconds: float) -> None:
         """Tell watchers that the run goes on, and how far it is. A heart that cannot beat ends nothing."""
         now = {"pid": os.getpid(), "status": status, "round": round, "rounds": self._experiment.run.rounds}
+        now |= {} if self._withholds else {"seconds": seconds, "time": time.time()}
         with suppress(OSError):
-            write_atomically(self.path / "heartbeat.json", json.dumps(now | {"seconds": seconds, "time": time.time()}) + "\n")
+            write_atomically(self.path / "heartbeat.json", json.dumps(now) + "\n")
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Write `summary.json` last of all: a folder without it holds a run that did not end in order."""

@@ -1,5 +1,6 @@
 """What a person sees while a run goes on: a live table on a terminal, plain lines elsewhere."""
 
+import json
 import math
 import shlex
 import time
@@ -22,6 +23,9 @@ SHOWN_ROUNDS = 12
 SHOWN_WORKERS = 16
 SECONDS_BETWEEN_LINES = 5.0
 SECONDS_BEFORE_BAR = 2.0
+
+DEPLOYMENT = "deployment"
+"""The `command` of runs on real devices, which `flwr run` starts and goes on with."""
 
 
 @contextmanager
@@ -111,14 +115,16 @@ class Reporter:
         for error in errors:
             self._console.print(f"  {error}", highlight=False, markup=False)
         result = describe_result(summary)
-        self._console.print(f"{summary['status']}: {summary['rounds']} rounds in {summary['total_seconds']:.0f} s{result}", highlight=False)
+        seconds = f" in {summary['total_seconds']:.0f} s" if "total_seconds" in summary else ""  # of devices it may be withheld
+        self._console.print(f"{summary['status']}: {summary['rounds']} rounds{seconds}{result}", highlight=False)
         for line in describe_speakers(summary):
             self._console.print(line, highlight=False, soft_wrap=True)
         if "note" in summary:
             self._console.print(summary["note"], highlight=False, soft_wrap=True)
         if "uplink_ratio" in summary:
             self._console.print(describe_traffic(summary), highlight=False, soft_wrap=True)
-        self._console.print(describe_memory(summary), highlight=False, soft_wrap=True)
+        if "peak_memory_bytes" in summary:
+            self._console.print(describe_memory(summary), highlight=False, soft_wrap=True)
         for key in ("measured", "extrapolated"):
             if key in summary:
                 self._console.print(Guarantee(**summary[key]).describe(), highlight=False, soft_wrap=True)
@@ -128,7 +134,10 @@ class Reporter:
             if line:
                 self._console.print(line, highlight=False, markup=False, soft_wrap=True)
         if resume_by is not None:
-            self._console.print(f"to go on: fedclip {resume_by} --resume {shlex.quote(str(path))}", highlight=False, soft_wrap=True)
+            by = f"fedclip {resume_by} --resume {shlex.quote(str(path))}"
+            if resume_by == DEPLOYMENT:
+                by = f"flwr run . --run-config {shlex.quote(f'resume={json.dumps(str(path))}')}, with the federation and `set` as before"
+            self._console.print(f"to go on: {by}", highlight=False, markup=False, soft_wrap=True)
 
     def _cells(self, row: dict[str, Any], seconds: float) -> tuple[str, ...]:
         for key, name in (("wer", "WER"), ("accuracy", "accuracy")):

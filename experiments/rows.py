@@ -21,11 +21,12 @@ def times_of(tally: Tally, seconds: float, workers: int) -> dict[str, float]:
 def row_of(tally: Tally, round: int, attempt: int, seconds: float, *, public: bool = False) -> dict[str, Any]:
     """Return the line of `metrics.jsonl` for a round: sums become means over the users who gave an update.
 
-    `public` leaves out all that is not private: what is left was released, or follows from it.
+    `public` leaves out all that is not private: what is left was released, or follows from it. How long the round took does not: it tells
+    whether somebody was waited for until the deadline.
     """
     if public:
         released = {name.removeprefix("server."): value for name, value in tally.items() if name.startswith("server.")}
-        return {"round": round, "attempt": attempt, "round_seconds": seconds} | released
+        return {"round": round, "attempt": attempt} | released
     users, losses = number(tally, "users"), number(tally, "losses")
     row: dict[str, Any] = {
         "round": round,

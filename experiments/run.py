@@ -228,21 +228,34 @@ def run_rounds(prepared: Prepared, engine: Engine, path: Path, reporter: Reporte
     if status == "done" and progress.nobody_had_data:
         status = "failed"
         progress.errors.insert(0, "no user had anything to train on; see examples_left_out in metrics.jsonl")
-    summary = _summary(run, status)
-    try:
-        if engine.state.round:
+    if engine.state.round:
+        try:
             run.folder.save_model(engine.state.params, engine.layout, engine.state.round)
-            draw_curves(read_metrics(path), path / "curves.png", path.name, stamp=stamp_of(prepared.experiment))
+        except Exception as error:  # noqa: BLE001  the disk, or the library that writes it; the summary says so
+            status = "failed"
+            progress.errors.insert(0, f"the model of the last round could not be written: {error}")
+    summary = _summary(run, status)
+    curves = _leave_curves(path, prepared.experiment) if engine.state.round else ""
+    try:
         run.folder.beat(engine.state.round, status, run.seconds)
         run.folder.finish(summary)
     except OSError as error:
         status = "failed"
         progress.errors.insert(0, f"the end of the run could not be written: {error}")
         summary["status"] = status
-    page = _leave_page(path) if engine.state.round else ""
+    page = "\n".join(line for line in (curves, _leave_page(path) if engine.state.round else "") if line)
     run.folder.close()
     reporter.end(summary, path, progress.errors, engine.command if status in ("interrupted", "failed") else None, page)
     return {"done": DONE, "budget spent": DONE, "interrupted": INTERRUPTED}.get(status, CHECK_FAILED)
+
+
+def _leave_curves(path: Path, experiment: Experiment) -> str:
+    """Draw the run's `curves.png` and return what there is to say of it: a picture fails no run."""
+    try:
+        draw_curves(read_metrics(path), path / "curves.png", path.name, stamp=stamp_of(experiment))
+    except Exception as error:  # noqa: BLE001  of fonts, of what matplotlib cannot draw, of the disk
+        return f"curves.png was not made ({type(error).__name__}: {error}); the report has the same curves"
+    return ""
 
 
 def _leave_page(path: Path) -> str:
@@ -281,15 +294,15 @@ def _summary(run: Run, status: str) -> dict[str, Any]:
         "name": experiment.run.name,
         "status": status,
         "rounds": engine.state.round,
-        "total_seconds": run.seconds,
-        "saving_seconds_total": progress.saving_seconds,
         "parameters": engine.layout.size,
         "startup_memory_bytes": run.prepared.startup_memory,
-        "peak_memory_bytes": peak_memory(),
         "population": experiment.population.size,
     }
-    if not withholds(experiment):
+    if not withholds(experiment):  # else no time either, nor the memory that updates took: both tell of who answered
         summary |= {
+            "total_seconds": run.seconds,
+            "saving_seconds_total": progress.saving_seconds,
+            "peak_memory_bytes": peak_memory(),
             "users_total": int(progress.users),
             "failed_users_total": int(progress.failed),
             "uplink_bytes_total": int(progress.uplink),

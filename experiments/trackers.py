@@ -96,10 +96,10 @@ class Trackers:
 
 
 class TensorBoard:
-    """Event files in a folder, a curve for each number."""
+    """Event files in a folder, a curve for each number; not `timed`, the time of each point is its round, in seconds."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, timed: bool = True) -> None:
+        self._folder, self._timed = folder, timed
         self._writer: SummaryWriter
 
     def begin(self, config: Mapping[str, Any], stamp: str) -> None:
@@ -113,7 +113,7 @@ class TensorBoard:
     def row(self, step: int, metrics: Mapping[str, float]) -> None:
         """Add a point to each curve."""
         for name, value in metrics.items():
-            self._writer.add_scalar(name, value, step)
+            self._writer.add_scalar(name, value, step, walltime=None if self._timed else float(step))
 
     def finish(self, summary: Mapping[str, float], status: str) -> None:
         """Close the file."""
@@ -123,11 +123,12 @@ class TensorBoard:
 class MlFlow:
     """A run of MLflow: at `MLFLOW_TRACKING_URI`, or in the folder `mlruns` of the run folder, where that is not set.
 
-    Its experiment has the name of the fedclip experiment, its parameters are the configuration as the run began.
+    Its experiment has the name of the fedclip experiment, its parameters are the configuration as the run began. Not `timed`, the time of
+    each point is its round, in milliseconds.
     """
 
-    def __init__(self, path: Path, name: str) -> None:
-        self._path, self._name, self._step = path, name, 0
+    def __init__(self, path: Path, name: str, timed: bool = True) -> None:
+        self._path, self._name, self._step, self._timed = path, name, 0, timed
         self._client: Any
         self._id = ""
 
@@ -157,7 +158,7 @@ class MlFlow:
         """Add a point to each metric."""
         from mlflow.entities import Metric
 
-        self._step, now = step, int(1000 * time.time())
+        self._step, now = step, int(1000 * time.time()) if self._timed else step
         self._client.log_batch(self._id, metrics=[Metric(name, float(value), now, step) for name, value in metrics.items()])
 
     def finish(self, summary: Mapping[str, float], status: str) -> None:
@@ -178,10 +179,10 @@ class WandB:
     """A run of Weights & Biases, in the folder `wandb` of the run folder: offline, unless `WANDB_MODE` says otherwise.
 
     Its project is `WANDB_PROJECT`, or has the name of the experiment. The library is kept from adding what nobody asked for: the
-    machine, its load, the source, the terminal's output, its own crash reports.
+    machine, its load, the source, the terminal's output, its own crash reports. It writes the time of each point, whatever it is told.
     """
 
-    def __init__(self, path: Path, name: str) -> None:
+    def __init__(self, path: Path, name: str, timed: bool = True) -> None:
         self._path, self._name = path, name
         self._run: Any
 
@@ -226,23 +227,25 @@ class WandB:
         self._run.finish(exit_code=0 if status in ("done", "budget spent") else 1)
 
 
-EXTRAS: Final[Mapping[str, Callable[[Path, str], Tracker]]] = {"mlflow": MlFlow, "wandb": WandB}
+EXTRAS: Final[Mapping[str, Callable[[Path, str, bool], Tracker]]] = {"mlflow": MlFlow, "wandb": WandB}
 """The trackers that an experiment may name, each called as its package and as the extra that brings it."""
 
 
-def open_trackers(names: tuple[str, ...], path: Path, name: str) -> Trackers:
+def open_trackers(names: tuple[str, ...], path: Path, name: str, *, timed: bool = True) -> Trackers:
     """Return TensorBoard and the trackers of these names, none of them begun.
 
     Args:
         names: some of `EXTRAS`.
         path: the run folder, where they keep what they keep.
         name: the experiment's.
+        timed: whether points have the time at which they were made.
 
     Raises:
         ConfigError: the package of one is not installed.
     """
     check_trackers(names)
-    return Trackers({"tensorboard": TensorBoard(path / "tensorboard")} | {extra: EXTRAS[extra](path, name) for extra in names})
+    named: dict[str, Tracker] = {extra: EXTRAS[extra](path, name, timed) for extra in names}
+    return Trackers({"tensorboard": TensorBoard(path / "tensorboard", timed), **named})
 
 
 def check_trackers(names: tuple[str, ...]) -> None:

@@ -75,6 +75,10 @@ class ClipByGlobalNorm(Transform):
         """Return C in total, nothing for single layers."""
         return Bound(self.max_norm)
 
+    def stored(self, round: int, layout: Layout, incoming: int | None = None) -> int | None:
+        """Return what comes in: a factor changes no form."""
+        return incoming
+
     @property
     def guard(self) -> Transform:
         """Itself."""
@@ -180,6 +184,10 @@ class ClipPerLayer(Transform):
         """Return C in total, and C_h for each layer in `clip` mode."""
         per_layer = self.bounds(layout.grouped(self.layers))
         return Bound(math.hypot(*per_layer) or self.max_norm, per_layer if self.mode == "clip" else None, self.layers)
+
+    def stored(self, round: int, layout: Layout, incoming: int | None = None) -> int | None:
+        """Return what comes in: a factor changes no form."""
+        return incoming
 
     @property
     def guard(self) -> Transform:

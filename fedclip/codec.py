@@ -36,6 +36,17 @@ class Codec(ABC):
             WireError: the payload is not a whole, undamaged update of this layout.
         """
 
+    def largest(self, layout: Layout, stored: int | None = None) -> int:
+        """Return how many bytes the payload of an update has at most, whatever its values are.
+
+        A codec of one's own that says nothing has room for a position, a value and its scale of each coordinate.
+
+        Args:
+            layout: of the update.
+            stored: the update is sparse and stores at most so many values, where the chain says so; None: it is dense.
+        """
+        return 12 * layout.size + 4096
+
     def carried(self, update: Update, layout: Layout) -> tuple[Update, int]:
         """Return `decode(encode(update))` and the length of the payload, for who forms the sum in the process that trained."""
         payload = self.encode(update, layout)
@@ -67,6 +78,11 @@ class DenseCodec(Codec):
         if any(payload[5:8]) or size != layout.size or zlib.crc32(body) != checksum:
             raise WireError(f"Expected {layout.size} undamaged values, got {size} with a wrong checksum or header; damaged on the way.")
         return Dense(torch.from_numpy(np.frombuffer(body, dtype="<f4").astype(np.float32)))
+
+    def largest(self, layout: Layout, stored: int | None = None) -> int:
+        """Return 20 + 4 d; of a subclass that writes other bytes, what codecs have room for that say nothing."""
+        dense = type(self).encode is DenseCodec.encode
+        return HEADER.size + 4 * layout.size if dense else super().largest(layout, stored)
 
     def carried(self, update: Update, layout: Layout) -> tuple[Update, int]:
         """Return the update itself and the 20 + 4 d bytes that nobody needs to make, where it is what `decode` would return."""

@@ -54,8 +54,8 @@ def check_codec(codec: Codec) -> None:
 
     Raises:
         ContractError: `decode(encode(x))` has other bits than x; damage is taken for another vector, or a cut payload or another model's
-            for any; an error of another kind than `WireError`; the same update encodes differently twice; or it does not travel as
-            plain data.
+            for any; an error of another kind than `WireError`; the same update encodes differently twice; a payload is longer than
+            `largest` says; or it does not travel as plain data.
     """
     _check_description(codec)
     layouts, rng = sample_layouts(), np.random.default_rng(0)
@@ -64,6 +64,8 @@ def check_codec(codec: Codec) -> None:
             where = f"{name} in {layout.size} coordinates"
             before = to_dense(update, layout).clone()
             payload = codec.encode(update, layout)
+            most = codec.largest(layout, _stored(update))
+            _expect(len(payload) <= most, f"{where}: {len(payload)} bytes, at most {most} are said by `largest`")
             _expect(codec.encode(update, layout) == payload, f"{where}: encoded twice it gives other bytes")
             _expect(_same(to_dense(update, layout), before), f"{where}: encode changed its input")
             _expect(_same(to_dense(codec.decode(payload, layout), layout), before), f"{where}: other bits come back")
@@ -77,8 +79,8 @@ def check_transform(stage: Transform, rounds: int = 5) -> None:
 
     Raises:
         ContractError: it changes an input, draws from a global generator or gives other bits for the same input; what leaves a stage
-            with a guard exceeds its bound, or the guard changes it; a guard that lets anything else through unbounded, or has a
-            state; or it does not pickle, or does not travel as plain data.
+            with a guard exceeds its bound, or the guard changes it; more values are stored than `stored` says; a guard that lets
+            anything else through unbounded, or has a state; or it does not pickle, or does not travel as plain data.
     """
     _check_description(stage)
     for layout in sample_layouts():
@@ -94,6 +96,10 @@ def check_transform(stage: Transform, rounds: int = 5) -> None:
             out = to_dense(step.update, layout)
             _expect(_same(to_dense(update, layout), vector) and pickle.dumps(state) == kept, f"{where}: an input was changed")
             _expect(torch.equal(torch.get_rng_state(), generator), f"{where}: a global random generator was used; draw from ctx.rng")
+            stored, kept_values = stage.stored(number, layout, _stored(update)), _stored(step.update)
+            few = stored is None if kept_values is None else stored is not None and kept_values <= stored
+            # A stage that says nothing of what it stores may give a dense update as well.
+            _expect(few or stored == layout.size, f"{where}: {kept_values} values are stored, {stored} are said (None: dense)")
             _expect(_same(out, to_dense(again.update, layout)), f"{where}: the same input gives other bits the second time")
             if stage.guard is not None and bool(torch.isfinite(out).all()):
                 _expect(
@@ -114,6 +120,11 @@ def _check_guard(guard: Transform, state: State, updates: list[tuple[str, Update
         _expect(
             out <= total * (1 + CLOSE), f"{name} in {layout.size} coordinates: the guard lets a norm of {out:g} through, {total:g} is said"
         )
+
+
+def _stored(update: Update) -> int | None:
+    """Return how many values a sparse update stores; None of a dense one."""
+    return update.values.numel() if isinstance(update, Sparse) else None
 
 
 def _check_description(piece: object) -> None:

@@ -159,6 +159,10 @@ class DGC(Transform):
         """Return `UNBOUNDED`: what was accumulated over many rounds may leave in one."""
         return UNBOUNDED
 
+    def stored(self, round: int, layout: Layout, incoming: int | None = None) -> int:
+        """Return how many coordinates are sent in a round, of whatever comes in."""
+        return sum(self._counts(layout, self.density_of(round)))
+
     def has_momentum(self, ndim: int) -> bool:
         """Return whether tensors of `ndim` dimensions have their momentum here: all but small ones that are sent whole."""
         return self.momentum > 0 and self.state == "user" and not self._is_whole(ndim)
@@ -190,8 +194,8 @@ class DGC(Transform):
 
     def _chosen(self, v: torch.Tensor, layout: Layout, density: float) -> torch.Tensor:
         """Return which coordinates are sent: int64, ascending, at least one of each tensor that has any."""
-        counts = [
-            size if self._is_whole(len(shape)) else kept_count(density, size)
-            for shape, size in zip(layout.shapes, layout.sizes, strict=True)
-        ]
-        return largest_of_each(layout.split(v), counts)
+        return largest_of_each(layout.split(v), self._counts(layout, density))
+
+    def _counts(self, layout: Layout, density: float) -> list[int]:
+        tensors = zip(layout.shapes, layout.sizes, strict=True)
+        return [size if self._is_whole(len(shape)) else kept_count(density, size) for shape, size in tensors]

@@ -22,6 +22,10 @@ class Optimizer(Transform):
         """Return `UNBOUNDED`."""
         return UNBOUNDED
 
+    def stored(self, round: int, layout: Layout, incoming: int | None = None) -> None:
+        """Return None: a step is dense."""
+        return
+
 
 @dataclass(frozen=True)
 class SGD(Optimizer):

@@ -36,6 +36,9 @@ Compressors = tuple[zstandard.ZstdCompressor, ...]
 
 LEVELS = range(1, 20)
 
+LONGEST_VARINT = 10
+"""Bytes of the largest number under 2^63 and of the length of the largest section."""
+
 
 @dataclass(frozen=True)
 class PackedCodec(Codec):
@@ -71,6 +74,18 @@ class PackedCodec(Codec):
         update = _without_gradient(update, grid)
         compressors = zstandard.ZstdCompressor(self.level), zstandard.ZstdCompressor(compression_params=_letters_alone())
         return min((_payload(form, layout, compressors) for form in _forms(update, layout)), key=len)
+
+    def largest(self, layout: Layout, stored: int | None = None) -> int:
+        """Return 5 bytes a value of a dense update, or 7 a stored one of a sparse update, and what stands around them.
+
+        A section is never longer than what it holds. The most that a value takes is an 8-bit code with a float32 scale of its own, and
+        its position 16 bits, with one word more for 65,535 places without a coordinate.
+        """
+        kept = layout.size if stored is None else min(stored, layout.size)
+        values = 5 * kept + LONGEST_VARINT + 5 * LONGEST_VARINT
+        if stored is None:
+            return HEADER.size + values
+        return HEADER.size + values + 2 * (kept + layout.size // ESCAPE) + 4 * LONGEST_VARINT
 
     def decode(self, payload: bytes, layout: Layout) -> Update:
         """Return the update of a payload; what is allocated is a small multiple of the layout's size, whatever the payload says."""

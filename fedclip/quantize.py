@@ -30,6 +30,10 @@ class Rounding(Transform):
         """Return the incoming bound."""
         return incoming
 
+    def stored(self, round: int, layout: Layout, incoming: int | None = None) -> int | None:
+        """Return what comes in: rounding changes no form."""
+        return incoming
+
 
 @dataclass(frozen=True)
 class Fp16(Rounding):
@@ -149,6 +153,10 @@ class Entropy(Rounding):
         after = Sparse(kept.indices, values, Codes(codes, scales, block, _bits(codes)))
         measured = {"density": places.numel() / max(1, layout.size), "compression_error": _sparse_error(update, kept, values)}
         return Step(after, None, measured)
+
+    def stored(self, round: int, layout: Layout, incoming: int | None = None) -> int:
+        """Return what comes in, all of it where nothing rounds to 0."""
+        return layout.size if incoming is None else incoming
 
 
 def rounded(update: Update, values: torch.Tensor, grid: Grid) -> Step:

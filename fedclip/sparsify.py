@@ -69,6 +69,11 @@ class TopK(Transform):
         indices = places if isinstance(update, Dense) else update.indices[places]
         return _kept(update, Sparse(indices, values[places]), ctx.layout)
 
+    def stored(self, round: int, layout: Layout, incoming: int | None = None) -> int:
+        """Return k, or what comes in where that is less."""
+        k = sum(kept_count(self.density, n) for n in ([layout.size] if self.by == "model" else layout.sizes))
+        return k if incoming is None else min(k, incoming)
+
     def bound(self, incoming: Bound, layout: Layout) -> Bound:
         """Return the incoming bound: dropping only shrinks."""
         return incoming

@@ -144,6 +144,18 @@ class Transform(ABC):
         """Whether the support depends on what was released before, so that the server has to tell it to clients."""
         return False
 
+    def stored(self, round: int, layout: Layout, incoming: int | None = None) -> int | None:
+        """Return how many values a sparse update stores at most that this stage lets out; None: what it lets out is dense.
+
+        A stage that says nothing lets out any. A server takes no longer payloads than the codec makes of so many.
+
+        Args:
+            round: round number, from 1.
+            layout: how the vector is made up.
+            incoming: the same of what comes in.
+        """
+        return layout.size
+
 
 @dataclass(frozen=True)
 class Chain(Transform):
@@ -218,6 +230,12 @@ class Chain(Transform):
         """Whether any stage's support depends on what was released before."""
         return any(s.needs_average for s in self.stages)
 
+    def stored(self, round: int, layout: Layout, incoming: int | None = None) -> int | None:
+        """Return what the last stage lets out, given what the others do."""
+        for stage in self.stages:
+            incoming = stage.stored(round, layout, incoming)
+        return incoming
+
 
 def chain(*stages: Transform) -> Chain:
     """Return the stages as one transform, applied from left to right; `chain()` is the identity."""
@@ -287,6 +305,10 @@ class ErrorFeedback(Transform):
     def needs_average(self) -> bool:
         """Whether the support of `inner` depends on what was released before."""
         return self.inner.needs_average
+
+    def stored(self, round: int, layout: Layout, incoming: int | None = None) -> int | None:
+        """Return what `inner` lets out of a dense update, as the residual makes it one."""
+        return self.inner.stored(round, layout)
 
 
 def with_error_feedback(inner: Transform) -> ErrorFeedback:

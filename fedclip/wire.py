@@ -22,21 +22,29 @@ class Wire:
         codec: the wire format.
         layout: of the vectors.
         support: the only coordinates that are sent, int64, ascending, shape (k,); None: the codec says which.
+        stored: how many values a sparse update stores at most; None: updates are dense, or nobody has said.
     """
 
     codec: Codec
     layout: Layout
     support: torch.Tensor | None = None
+    stored: int | None = None
 
     @classmethod
     def of(cls, spec: RoundSpec, chain: Transform, layout: Layout) -> "Wire":
         """Return the wire of a round."""
-        return cls(build_stage(spec.codec), layout, support_of(spec, chain, layout))
+        support = support_of(spec, chain, layout)
+        return cls(build_stage(spec.codec), layout, support, chain.stored(spec.streams.round, layout))
 
     @cached_property
     def sent(self) -> Layout:
         """The layout of what travels: of the whole vector, or of the values on the support."""
         return self.layout if self.support is None else self.layout.restricted(self.support)
+
+    @property
+    def largest(self) -> int:
+        """How many bytes the payload of an update of this round has at most."""
+        return self.codec.largest(self.sent, self.stored if self.support is None else self.sent.size)
 
     def encode(self, update: Update) -> bytes:
         """Return the payload of an update. What lies outside the support is not sent."""

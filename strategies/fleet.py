@@ -4,20 +4,19 @@ import dataclasses
 import math
 import secrets
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from typing import TypeVar
 
-import httpx
-import numpy as np
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from clients import messages
+from clients.asking import Asking
 from clients.device import digest_of
-from clients.gate import Asked, Cause, Gate, Rejected
-from clients.identity import is_unreached
-from clients.pulling import Oversized, Pulls
+from clients.gate import LARGEST_COUNTS, Asked, Cause, Gate, Rejected
+from clients.link import Link
 from clients.roster import NAME, Enrolled, Roster
 from clients.signing import public_line
 from fedclip.account import Account, BudgetSpent
@@ -36,17 +35,19 @@ from fedclip.tally import MOST_CHARACTERS, add_up
 from fedclip.tasks.base import Counts, Task
 from fedclip.tasks.build import TaskRecipe
 from fedclip.update import Dense
+from fedclip.wire import Wire
+from strategies.device_evaluation import noised, pooled
 
-SECONDS_BETWEEN_PULLS = 0.5
+SECONDS_BETWEEN_LOOKS = 0.5
+"""Between two looks at who is there."""
 
 TRIES = 3
 """A round without noise is begun so often, until users enough have answered."""
 
-ROUNDS_LATE = 20
-"""What comes later than so many rounds is not even counted."""
-
 TIME_TO_LIVE = 7 * 24 * 3600.0
 """Seconds that a SuperLink keeps a message: so that a late reply is counted as one."""
+
+Read = TypeVar("Read")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,20 +109,20 @@ class Fleet:
         self.warn: Callable[[Rejection], None] | None = None
         self.say: Callable[[str], None] = lambda text: None
         self.rejected: Counter[str] = Counter()
-        self._recipe, self._secret, self._grid, self._options, self._device = recipe.to_json(), secret, grid, options, device
-        self._rates, self._pulls = rates, Pulls(grid)
+        self._recipe, self._secret, self._options, self._device, self._rates = recipe.to_json(), secret, options, device, rates
+        self._link = Link(grid, options.deadline_seconds)
+        self._asking = Asking(self._link, options.deadline_seconds, self._reject)
+        self._nodes = 1
         self._taken: dict[int, tuple[int, int]] = {}
         self._accepted: tuple[int, ...] = ()
         self._names: dict[int, str] = {}
-        self._late: deque[dict[str, Asked]] = deque(maxlen=ROUNDS_LATE)
         self._left_out: dict[str, tuple[int, Cause]] = {}
-        self._sent: dict[str, Message] = {}
         self._here: Site | None = None
 
     @property
     def workers(self) -> int:
-        """How many nodes are there: each trains on a machine of its own."""
-        return max(1, len(list(self._grid.get_node_ids())))
+        """How many nodes were there when they were last looked at: each trains on a machine of its own."""
+        return self._nodes
 
     @property
     def remembered(self) -> list[list[int]]:
@@ -146,6 +147,7 @@ class Fleet:
         Raises:
             BudgetSpent: the round's release would exceed the budget; no device was asked.
             WorkerError: without noise, and time and again too few users have answered.
+            LinkError: the SuperLink does not answer, or has ended the run; nothing of the round was released.
             ConfigError: the roster cannot be read.
         """
         if self.account is not None:
@@ -203,7 +205,7 @@ class Fleet:
             if not said:
                 self.say(f"waiting for {self._options.least_users} users; {users} are there")
             said = True
-            time.sleep(SECONDS_BETWEEN_PULLS)
+            time.sleep(SECONDS_BETWEEN_LOOKS)
 
     def _there(self) -> dict[int, Enrolled]:
         """Return the nodes that may take part, one of each name, and count the others."""
@@ -219,6 +221,7 @@ class Fleet:
             else:
                 found[node] = enrolled
                 names.add(enrolled.name)
+        self._nodes = max(1, len(found))
         return found
 
     def _leave_out(self, node: str, cause: Cause, detail: str = "") -> None:
@@ -228,8 +231,7 @@ class Fleet:
             self._reject(node, cause, detail)
 
     def _keys_of(self) -> Iterator[tuple[int, str]]:
-        nodes: Any = self._grid
-        for info in nodes.get_nodes():
+        for info in self._link.nodes():
             try:
                 yield info.node_id, public_line(info.public_key)
             except ConfigError:
@@ -237,31 +239,28 @@ class Fleet:
 
     def _names_of(self) -> Iterator[tuple[int, str]]:
         """Return what nodes call themselves, the newest first: they are asked once, and taken at their word."""
-        there = {*self._grid.get_node_ids()}
+        there = self._link.node_ids()
         new = {str(node): Asked(node, str(node), "", "") for node in there if node not in self._names}
         out = [(Message(RecordDict({"request": ConfigRecord()}), a.node, MessageType.QUERY), a) for a in new.values()]
-        for asked, reply in self._replies(self._push(out), Gate("", 0, 0, "", 0)):
+        for asked, reply in self._asking.replies(self._asking.push(out), Gate("", 0, 0, "", 0)):
             self._names[asked.node] = _name_said(reply)
         return iter([(node, name) for node, name in reversed(self._names.items()) if node in there])
 
     def _collect(self, plan: Plan, nodes: Mapping[int, Enrolled]) -> tuple[Collector, float]:
         """Ask the users of a plan, and return the sum of what was taken of the answers, and the bytes that went down."""
         streams, spec = plan.spec.streams, plan.spec
-        gate = Gate(self.run, streams.round, streams.attempt, spec.digest, self.layout.size, signed=not self._options.insecure)
-        self._count_late(gate)
-        self._sent.clear()
-        out = self._push(self._requests(plan, nodes))
+        # As many bytes as this round's chain and codec can make of an update, and no more.
+        largest = Wire.of(spec, self.method.client, self.layout).largest
+        gate = Gate(self.run, streams.round, streams.attempt, spec.digest, largest, signed=not self._options.insecure)
+        self._asking.count_late()
+        out = self._asking.push(self._requests(plan, nodes))
         down = float(len(out) * (len(spec.params) + len(spec.support) + len(spec.control)))
         collector, self._accepted = Collector(spec.without_vectors(), self.layout), ()
         by_examples = self.method.weighting == "examples" and not self.method.private
         heaviest = (math.inf if self.method.max_examples is None else 1.0) if by_examples else None
         measured = self._options.diagnostics or not self.method.private
-        for asked, reply in self._replies(out, gate, self._enough):
-            try:
-                given = gate.updates(reply, asked, heaviest=heaviest, measured=measured)
-            except Rejected as rejected:
-                self._reject(asked.name, rejected.cause, str(rejected))
-                continue
+        read = partial(gate.updates, heaviest=heaviest, measured=measured)
+        for asked, given in self._read(self._asking.replies(out, gate, self._enough), read):
             self._accepted += tuple(c.user for c in given if self._take(collector, c, asked) and c.payload is not None)
         return collector, down
 
@@ -295,71 +294,6 @@ class Fleet:
     def _message(content: RecordDict, kind: str, asked: Asked, round: int) -> Message:
         return Message(content, asked.node, kind, ttl=TIME_TO_LIVE, group_id=str(round))
 
-    def _push(self, out: Iterable[tuple[Message, Asked]]) -> dict[str, Asked]:
-        """Send messages, and return what they ask by their ids. One that the SuperLink does not take is a node that does not answer."""
-        pairs = list(out)
-        if not pairs:
-            return {}
-        ids = list(self._grid.push_messages([message for message, _ in pairs]))
-        self._sent |= {asked.nonce: message for message, asked in pairs}
-        return {id: asked for id, (_, asked) in zip(ids, pairs, strict=True) if id}
-
-    def _push_again(self, absent: list[Asked]) -> dict[str, Asked]:
-        """Send the same again to those nodes that are back; each is still taken once. They leave the list of the absent."""
-        there = {*self._grid.get_node_ids()}
-        back = [asked for asked in absent if asked.node in there]
-        absent[:] = [asked for asked in absent if asked.node not in there]
-        return self._push((self._copy(self._sent[asked.nonce]), asked) for asked in back)
-
-    @staticmethod
-    def _copy(message: Message) -> Message:
-        to = message.metadata
-        return Message(message.content, to.dst_node_id, to.message_type, ttl=to.ttl, group_id=to.group_id)
-
-    def _replies(self, out: dict[str, Asked], gate: Gate, enough: Callable[[], bool] = lambda: False) -> Iterator[tuple[Asked, Message]]:
-        """Yield replies as they come, one at a time, until all have come, enough have, or the deadline is there.
-
-        A node that was away, or went, is asked again when it is back.
-        """
-        waiting, absent, end = dict(out), list[Asked](), time.monotonic() + self._options.deadline_seconds
-        while (waiting or absent) and time.monotonic() < end and not enough():
-            before = len(waiting)
-            for id in list(waiting):
-                for asked, reply in self._pulled(id, waiting, gate):
-                    if is_unreached(reply):
-                        absent.append(asked)
-                    else:
-                        yield asked, reply
-                if enough():
-                    break
-            if len(waiting) == before:
-                time.sleep(SECONDS_BETWEEN_PULLS)
-                waiting |= self._push_again(absent) if absent else {}
-        if waiting:
-            self._late.append(waiting)
-
-    def _pulled(self, id: str, waiting: dict[str, Asked], gate: Gate) -> Iterator[tuple[Asked, Message]]:
-        asked = waiting[id]
-        try:
-            replies = self._pulls.pull(id, gate.limit(asked))
-        except httpx.HTTPError:
-            return  # the SuperLink does not answer; it is asked again
-        except Exception as error:  # noqa: BLE001  Flower raises all kinds of things at a reply that is none
-            del waiting[id]
-            self._reject(asked.name, "oversized" if isinstance(error, Oversized) else "malformed", str(error))
-            return
-        if replies:
-            del waiting[id]
-            yield asked, replies.pop()
-
-    def _count_late(self, gate: Gate) -> None:
-        """Count the replies that have come since a round went on without them, and drop them."""
-        for waiting in self._late:
-            for id in [id for id, asked in waiting.items() if asked.nonce]:
-                for asked, reply in self._pulled(id, waiting, gate):
-                    if not is_unreached(reply):
-                        self._reject(asked.name, "late")
-
     def _reject(self, node: str, cause: Cause, detail: str = "") -> None:
         self.rejected[cause] += 1
         if self.warn is not None:
@@ -378,61 +312,30 @@ class Fleet:
             return {}
         streams = Streams(self._secret, self.run, round, 0 if account is None else account.evaluations(round))
         payload = DenseCodec().encode(Dense(self.state.params), self.layout)
-        gate = Gate(self.run, round, streams.attempt, digest_of(payload), 0, signed=not self._options.insecure)
+        signed = not self._options.insecure
+        gate = Gate(self.run, round, streams.attempt, digest_of(payload), 0, signed=signed, said=LARGEST_COUNTS)
         model, out = messages.model_record(payload), list[tuple[Message, Asked]]()
         for node, enrolled in self._wait_for_users().items():
             asked = Asked(node, enrolled.name, enrolled.key, secrets.token_hex(16))
             content = messages.evaluate_request([], self._recipe, self._device, model, self._errand(streams, asked, enrolled))
             out.append((self._message(content, MessageType.EVALUATE, asked, round), asked))
-        answers = self._replies(self._push(out), gate)
-        return self._noised_rates(answers, gate, streams) if self.method.private else self._pooled(answers, gate)
-
-    def _pooled(self, answers: Iterable[tuple[Asked, Message]], gate: Gate) -> dict[str, float]:
-        pooled: list[Counts] = []
-        for asked, reply in answers:
-            try:
-                counts = gate.counts(reply, asked)
-                self._summarised([*pooled, *counts])  # with anything that the metrics cannot be made of
-            except Rejected as rejected:
-                self._reject(asked.name, rejected.cause, str(rejected))
-                continue
-            pooled += counts
-        return self._summarised(pooled) if pooled else {}
-
-    def _summarised(self, counts: Sequence[Counts]) -> dict[str, float]:
-        try:
-            return self.task.summarise(counts, 0) if counts else {}
-        except Exception as error:
-            raise Rejected("malformed", f"no counts of this task: {type(error).__name__}: {error}") from error
-
-    def _noised_rates(self, answers: Iterable[tuple[Asked, Message]], gate: Gate, streams: Streams) -> dict[str, float]:
-        """Release the number of nodes and the sums of their rates with noise, and return the means.
-
-        A node adds 1 to the number and at most 1 to each sum, however many users it has: its vector of K rates and a one has a norm of
-        at most sqrt(1 + K). The interval is that of the noise alone.
-        """
-        total, names = [0.0] * (1 + len(self._rates)), (None, *self._rates)
-        for asked, reply in answers:
-            try:
-                rates = gate.rates(reply, asked)
-            except Rejected as rejected:
-                self._reject(asked.name, rejected.cause, str(rejected))
-                continue
-            if not rates:  # it holds nothing out
-                continue
-            total = [so_far + (1.0 if name is None else rates.get(name, 0.0)) for so_far, name in zip(total, names, strict=True)]
-        mechanism, bound = self.method.release.mechanism, math.sqrt(len(total))
-        if self.account is None or mechanism is None:
+        answers = self._asking.replies(self._asking.push(out), gate)
+        if not self.method.private:
+            return pooled(self.task, self._read(answers, gate.counts), self._reject)
+        mechanism = self.method.release.mechanism
+        if account is None or mechanism is None:
             raise RuntimeError("Expected an account and a mechanism under noise.")
-        deviation = mechanism.noise_multiplier * bound
-        self.account.charge(self.run, streams.round, streams.attempt, mechanism.noise_multiplier, bound, "evaluation")
-        nodes, *sums = (np.asarray(total) + deviation * streams.generator("evaluation").standard_normal(len(total))).tolist()
-        count, measured = max(1.0, nodes), dict[str, float]()
-        for name, noised in zip(self._rates, sums, strict=True):
-            rate, width = noised / count, 1.96 * deviation / count
-            bounds = {"": rate, "_low": rate - width, "_high": rate + width}
-            measured |= {f"{name}{end}": min(1.0, max(0.0, value)) for end, value in bounds.items()}
-        return measured
+        return noised(self._rates, self._read(answers, gate.rates), mechanism.noise_multiplier, account, streams)
+
+    def _read(self, answers: Iterable[tuple[Asked, Message]], read: Callable[[Message, Asked], Read]) -> Iterator[tuple[Asked, Read]]:
+        """Yield what passes the gate of some answers, and count what does not."""
+        for asked, reply in answers:
+            try:
+                passed = read(reply, asked)
+            except Rejected as rejected:
+                self._reject(asked.name, rejected.cause, str(rejected))
+                continue
+            yield asked, passed
 
 
 def _name_said(reply: Message) -> str:

@@ -205,7 +205,7 @@ def curves_of(rows: Sequence[Json], most: int) -> Json:
     sums: dict[str, list[float | None]] = {
         "up": list(accumulate((row.get("uplink_bytes") for row in rows), _add)),
         "down": list(accumulate((row.get("downlink_bytes") for row in rows), _add)),
-        "seconds": list(accumulate(row.get("round_seconds") or 0.0 for row in rows)),
+        "seconds": list(accumulate((row.get("round_seconds") for row in rows), _add)),
         "users": list(accumulate((row.get("users") for row in rows), _add)),
     }
     rate = rate_of(rows)

@@ -34,7 +34,7 @@ def said(**of_user: object) -> Message:
 
 
 def taken(reply: Message):
-    return Gate("run", 1, 0, "spec", 10, signed=False).updates(reply, ASKED, heaviest=math.inf, measured=True)
+    return Gate("run", 1, 0, "spec", 100, signed=False).updates(reply, ASKED, heaviest=math.inf, measured=True)
 
 
 @pytest.mark.parametrize("reason", ["", " ", "\n \n", "why\n\n"])

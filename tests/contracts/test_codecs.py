@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from fedclip.codec import DenseCodec, WireError
 from fedclip.packed import PackedCodec
 from fedclip.stages import build_stage, describe_stage
-from fedclip.update import Codes, Dense, Half, Sparse, decoded, to_dense
+from fedclip.update import Codes, Dense, Half, Sparse, decoded, lengths_of_blocks, to_dense
 from tests.strategies_of_data import bits, flat, layouts, updates_with_layouts
 
 CODECS = [DenseCodec(), PackedCodec(), PackedCodec(level=19)]
@@ -38,6 +38,51 @@ def test_any_bits_survive(codec, layout, seed):
     words[: len(special)] = special[: len(words)]
     vector = torch.from_numpy(words.view(np.float32).copy())
     assert bits(to_dense(codec.decode(codec.encode(Dense(vector), layout), layout), layout)) == bits(vector)
+
+
+@every
+@given(updates_with_layouts())
+def test_no_payload_is_longer_than_is_said(codec, case):
+    layout, update = case
+    stored = update.values.numel() if isinstance(update, Sparse) else None
+    assert len(codec.encode(update, layout)) <= codec.largest(layout, stored)
+
+
+def incompressible(layout, places, block, rng):
+    """An update at some places with random bits as values, or random codes and scales of blocks."""
+    words = torch.from_numpy(rng.integers(0, 2**30, 4 * len(places) + 4, dtype=np.uint32).view(np.float32).copy())  # finite
+    if block is None:
+        return Sparse(places, words[: len(places)])
+    lengths = lengths_of_blocks(layout.counts(places), block)
+    codes, scales = torch.from_numpy(rng.integers(-127, 128, len(places)).astype(np.int8)), words[: len(lengths)]
+    return Sparse(places, decoded(codes, scales, lengths), Codes(codes, scales, block, 8))
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from([0, 1, 3, 2_000, 9_990, 10_000]), st.sampled_from([None, 1, 2, 40]))
+def test_nor_is_one_of_numbers_that_do_not_compress(seed, kept, block):
+    rng, layout = np.random.default_rng(seed), flat(7_000, 0, 2_999, 1)
+    places = torch.from_numpy(np.sort(rng.choice(layout.size, kept, replace=False)))
+    payload = PackedCodec(1).encode(incompressible(layout, places, block, rng), layout)
+    assert len(payload) <= PackedCodec(1).largest(layout, kept)
+    if kept == layout.size:  # which travels as a dense one
+        assert len(payload) <= PackedCodec(1).largest(layout)
+        assert block != 1 or len(payload) > 0.95 * PackedCodec(1).largest(layout)
+
+
+@pytest.mark.parametrize(("gap", "share"), [(30_000, 0.85), (200_000, 0.6)], ids=["gaps of a word", "gaps that go on"])
+def test_what_is_said_is_not_far_from_the_worst(gap, share):
+    rng, layout = np.random.default_rng(0), flat(2_000 * gap)
+    places = torch.from_numpy(np.unique(rng.integers(0, layout.size, 2_000)))
+    payload = PackedCodec().encode(incompressible(layout, places, 1, rng), layout)
+    most = PackedCodec().largest(layout, len(places))
+    assert share * most < len(payload) <= most
+
+
+def test_what_is_said_is_about_what_is_sent():
+    large = flat(100_000_000)
+    assert DenseCodec().largest(large, 1000) == 20 + 4 * large.size
+    assert PackedCodec().largest(large) < 5 * large.size + 100
+    assert PackedCodec().largest(large, 100_000) < 800_000
 
 
 INDICES = torch.tensor([1, 4, 9])

@@ -22,6 +22,7 @@ from fedclip.sparsify import CommonMask, RandomK, TopK
 from fedclip.stages import STAGES, build_stage, describe_stage
 from fedclip.transform import UNBOUNDED, Bound, Transform, chain, with_error_feedback
 from fedclip.update import Dense, finite_or_zero, to_dense, values_of
+from fedclip.wire import Wire
 from tests.strategies_of_data import bits, context, flat, float64_norm, layouts, updates, vectors
 
 CLIPS = [ClipByGlobalNorm(0.5)] + [
@@ -221,6 +222,21 @@ def test_the_guard_holds_the_bound_of_what_was_decoded(codec, stage, case):
         state, decoded = step.state, finite_or_zero(codec.decode(codec.encode(step.update, layout), layout))[0]
         guarded = stage.guard.apply(decoded, None, context(layout, number)).update
         assert float64_norm(values_of(guarded)) <= bound.total
+
+
+@pytest.mark.parametrize("codec", [DenseCodec(), PackedCodec()], ids=repr)
+@pytest.mark.parametrize("stage", EVERY, ids=name)
+@settings(max_examples=5)
+@given(case=streaks(moderate=True))
+def test_no_payload_of_a_round_is_longer_than_is_said(codec, stage, case):
+    layout, several = case
+    chained = chain(stage)
+    state = chained.init(layout)
+    for round, update in enumerate(several, 1):
+        wire = Wire(codec, layout, chained.support(round, layout), chained.stored(round, layout))
+        step = chained.apply(update, state, context(layout, round))
+        assert len(wire.encode(step.update)) <= wire.largest
+        state = step.state
 
 
 @pytest.mark.parametrize("stage", OPTIMIZERS, ids=name)

@@ -332,3 +332,24 @@ def test_every_help_shows_an_example(command: str) -> None:
     status, output = run(command, "--help")
     assert status == 0
     assert f"fedclip {command}" in output
+
+
+def broken(*arguments: object, **more: object) -> None:
+    raise ValueError("no font")
+
+
+def test_a_picture_that_cannot_be_drawn_fails_no_run(vision: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("experiments.run.draw_curves", broken)
+    status, output = run(*quick(vision, tmp_path / "run"))
+    assert (status, "curves.png was not made (ValueError: no font)" in output) == (0, True), output
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "done"
+
+
+def test_a_last_model_that_cannot_be_written_leaves_a_summary_that_says_so(
+    vision: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("experiments.folder.RunFolder.save_model", broken)
+    status, _ = run(*quick(vision, tmp_path / "run", "--rounds", "1"))
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (status, summary["status"]) == (1, "failed")
+    assert "no font" in summary["error"]

@@ -4,9 +4,11 @@ import json
 import logging
 import os
 import struct
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +18,7 @@ from typer.testing import CliRunner
 from experiments.cli import app
 from experiments.folder import STAMP, RunFolder, read_metrics
 from experiments.prepare import read_experiment
-from experiments.trackers import EXTRAS, MLFLOW_DEFAULTS, Trackers, installed
+from experiments.trackers import EXTRAS, MLFLOW_DEFAULTS, MlFlow, Trackers, installed
 
 NOT_CURVES = {"round", "attempt"}
 
@@ -77,7 +79,7 @@ class Noted:
 def noted(monkeypatch: pytest.MonkeyPatch, *raises: str) -> list[Noted]:
     made: list[Noted] = []
 
-    def make(path: Path, name: str) -> Noted:
+    def make(path: Path, name: str, timed: bool) -> Noted:
         made.append(Noted(path, name, raises))
         return made[-1]
 
@@ -169,6 +171,18 @@ def test_a_bare_folder_is_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert not installed("offline_runs")
     assert installed("json")
     assert {*EXTRAS} == {"mlflow", "wandb"}
+
+
+def test_without_time_the_points_of_mlflow_have_their_round_instead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Any] = []
+    monkeypatch.setitem(sys.modules, "mlflow.entities", SimpleNamespace(Metric=lambda *said: told.append(said)))
+    monkeypatch.setitem(sys.modules, "mlflow", SimpleNamespace(entities=sys.modules["mlflow.entities"]))
+    for timed in (False, True):
+        tracker = MlFlow(tmp_path, "small", timed)
+        tracker._client = SimpleNamespace(log_batch=lambda run, metrics: None)
+        tracker.row(7, {"wer": 0.5})
+    assert told[0] == ("wer", 0.5, 7, 7)
+    assert told[1][2] > 1e12
 
 
 @pytest.mark.skipif(not installed("mlflow"), reason="the extra mlflow is not installed")

@@ -8,6 +8,7 @@ import torch
 from fedclip.clipping import ClipByGlobalNorm
 from fedclip.codec import Codec, DenseCodec, WireError
 from fedclip.contracts import ContractError, check_codec, check_transform
+from fedclip.sparsify import TopK
 from fedclip.transform import Bound, Chain, Step, Transform
 from fedclip.update import Dense, scale, to_dense
 from tests.contracts.test_codecs import CODECS
@@ -60,8 +61,22 @@ class Unsealed(DenseCodec):
         return super().decode(payload, layout)
 
 
+@dataclass(frozen=True)
+class Longer(DenseCodec):
+    stage_name = "longer"
+
+    def largest(self, layout, stored=None):
+        return 4 * layout.size
+
+
 @pytest.mark.parametrize(
-    ("codec", "said"), [(Plain(), "decode took it"), (Lossy(), "other bits come back"), (Unsealed(), "raised KeyError, expected WireError")]
+    ("codec", "said"),
+    [
+        (Plain(), "decode took it"),
+        (Lossy(), "other bits come back"),
+        (Unsealed(), "raised KeyError, expected WireError"),
+        (Longer(), "at most 12 are said by `largest`"),
+    ],
 )
 def test_mistakes_of_codecs_are_found(codec, said):
     with pytest.raises(ContractError, match=said):
@@ -120,6 +135,14 @@ class OpenGuard(Transform):
         return ClipByGlobalNorm(2.0)
 
 
+@dataclass(frozen=True)
+class Few(TopK):
+    """Says that it stores half of what it does."""
+
+    def stored(self, round, layout, incoming=None):
+        return super().stored(round, layout, incoming) // 2
+
+
 class NoData(Transform):
     def apply(self, update, state, ctx):
         return Step(update)
@@ -136,6 +159,7 @@ class NoData(Transform):
         (Dice(), "global random generator"),
         (InPlace(), "an input was changed"),
         (OpenGuard(), "the guard lets a norm"),
+        (Few(0.5), "values are stored"),
         (NoData(), "plain data"),
     ],
 )

@@ -9,6 +9,7 @@ from pathlib import Path
 
 LATE_SECONDS, PLAN, FOLDER = "FEDCLIP_LATE_SECONDS", "FEDCLIP_ATTACKS", "FEDCLIP_ATTACKS_IN"
 GIGABYTES = 4 << 30
+UNPACKED = 200 << 20  # as few bytes as an update may have hold no more zeros
 seen = {}
 
 
@@ -213,20 +214,20 @@ def another_size(payload):
     return PackedCodec().encode(Dense(torch.ones(layout.size)), layout)
 
 
-def bomb(payload, claimed=GIGABYTES):
-    """Return a packed payload, header and checksum right, with a frame of gigabytes in it that says it is of `claimed` bytes."""
+def bomb(payload, claimed=UNPACKED):
+    """Return a packed payload, short enough, header and checksum right, with a frame of 200 MB in it that says it is of `claimed` bytes."""
     import zstandard
 
     from fedclip import packed_format as packed
 
     layout = seen["layout"]
-    squeeze = zstandard.ZstdCompressor(compression_params=zstandard.ZstdCompressionParameters(window_log=16)).compressobj(size=GIGABYTES)
+    squeeze = zstandard.ZstdCompressor(compression_params=zstandard.ZstdCompressionParameters(window_log=16)).compressobj(size=UNPACKED)
     block = bytes(1 << 20)
-    frame = bytearray(b"".join(squeeze.compress(block) for _ in range(GIGABYTES >> 20)) + squeeze.flush())
-    descriptor = frame[4]  # RFC 8878, section 3.1.1.1: eight bytes say the size
-    assert descriptor >> 6 == 3
+    frame = bytearray(b"".join(squeeze.compress(block) for _ in range(UNPACKED >> 20)) + squeeze.flush())
+    descriptor = frame[4]  # RFC 8878, section 3.1.1.1: four bytes say the size
+    assert descriptor >> 6 == 2
     at = 5 + (not descriptor >> 5 & 1)
-    frame[at : at + 8] = struct.pack("<Q", layout.size if claimed is None else claimed)
+    frame[at : at + 4] = struct.pack("<I", layout.size if claimed is None else claimed)
     body = bytes(_varint(len(frame) * 2 + packed.ZSTD)) + frame
     names = (packed.MAGIC, packed.VERSION, packed.DENSE, packed.FLOATS, 0, layout.size)
     head = packed.HEADER.pack(*names, 0)[:-4]
