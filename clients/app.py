@@ -35,11 +35,14 @@ def train(message: Message, context: Context) -> Message:
     site = resident(request.task, request.device)
     states = states_at(request.states)
     if request.reply == "sums":
-        return Message(messages.sums_reply(train_blocks(site, request.spec, request.blocks, states)), reply_to=message)
-    client = Client(site, request.spec, states)
-    done = list(client.contributions(request.blocks))
-    client.sync()
-    return Message(messages.updates_reply(done), reply_to=message)
+        content = messages.sums_reply(train_blocks(site, request.spec, request.blocks, states))
+    else:
+        client = Client(site, request.spec, states)
+        content = messages.updates_reply(list(client.contributions(request.blocks)))
+        client.sync()
+    if request.ahead is not None:
+        site.read_ahead(request.ahead, request.spec.streams)
+    return Message(content, reply_to=message)
 
 
 @app.query()

@@ -58,6 +58,7 @@ MEASURED: Final = (
     "train_loss",
     "examples_left_out",
     "load_seconds",
+    "read_seconds",
     "train_seconds",
     *(f"chain.{name}" for name in ("update_norm", "clipped", "local_clipped", "density", "compression_error")),
 )

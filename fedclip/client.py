@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Any
 
@@ -23,6 +23,7 @@ from fedclip.local import LocalSGD
 from fedclip.method import user_weight
 from fedclip.process import settle_thread
 from fedclip.replica import Replica
+from fedclip.rng import Streams
 from fedclip.spec import Block, RoundSpec
 from fedclip.stages import build_stage
 from fedclip.tally import MOST_SAID, Tally, add_up, number, shortened
@@ -49,9 +50,37 @@ class Site:
 
     task: Task
     replica: Replica
+    _ahead: "tuple[tuple[int, Streams], Future[Sequence[Any]]] | None" = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self._replicas = [self.replica]
+        self.load_seconds = 0.0  # of the user before
+
+    def load(self, user: int, streams: Streams) -> Sequence[Any]:
+        """Return a user's examples."""
+        start = time.perf_counter()
+        examples = self.task.load_user(user, streams.generator("data", user))
+        self.load_seconds = time.perf_counter() - start
+        return examples
+
+    def read_ahead(self, user: int, streams: Streams) -> None:
+        """Begin to read, on a thread, the data of the user who is to be the first here in the round after that of `streams`."""
+        following, thread = replace(streams, round=streams.round + 1, attempt=0), ThreadPoolExecutor(1, "fedclip-reader", settle_thread)
+        self._ahead = (user, following), thread.submit(self.load, user, following)
+        thread.shutdown(wait=False)  # it ends with what it was given
+
+    def was_read(self, user: int, streams: Streams) -> "Future[Sequence[Any]] | None":
+        """Return the data of a user that are read ahead; None where they are not. Others that were are done with: one reads at a time."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is None or ahead[0] == (user, streams):
+            return ahead and ahead[1]
+        ahead[1].exception()
+        return None
+
+    def settle(self) -> None:
+        """Wait until nothing is being read: a task is asked for one thing at a time."""
+        if self._ahead is not None:
+            self._ahead[1].exception()
 
     def replicas(self, users: int) -> list[Replica]:
         """Return the models that a group of users trains in: as many as there are users, at most, and always `replica` first."""
@@ -112,11 +141,12 @@ class _Trained:
 
 @dataclass(frozen=True, eq=False)
 class _Loaded:
-    """A user's examples, or the contribution of one whose data cannot be loaded, and how long training waited for them."""
+    """A user's examples, or the contribution of one whose data cannot be loaded, and how long reading them took, and training waited."""
 
     examples: Sequence[Any]
     failed: Contribution | None
-    seconds: float
+    read: float
+    waited: float
 
 
 class Client:
@@ -145,7 +175,6 @@ class Client:
         if states is None and has_content(self.fresh):
             keeper = "a control variate" if spec.control else self.chain.name
             raise ValueError(f"{keeper} keeps a state for each user, and there is no place to keep it; give a folder for it.")
-        self._load_seconds = 0.0  # of the user before
         self.params = self._vector(spec.params)
         self.control = self._vector(spec.control) if spec.control else None
 
@@ -167,11 +196,11 @@ class Client:
         users = [(block, user) for block, members in blocks for user in members]
         replicas, group = self.site.replicas(len(users)), list[tuple[int, _Trained | Contribution]]()
         with ThreadPoolExecutor(1, "fedclip-reader", settle_thread) as reader:
-            ahead: Future[Sequence[Any]] | None = None
+            ahead = self.site.was_read(users[0][1], self.spec.streams) if users else None
             for n, (block, user) in enumerate(users):
                 loaded = self._loaded(user, ahead)
-                follows = n + 1 < len(users) and self._load_seconds > WORTH_A_THREAD
-                ahead = reader.submit(self._load, users[n + 1][1]) if follows else None
+                follows = n + 1 < len(users) and self.site.load_seconds > WORTH_A_THREAD
+                ahead = reader.submit(self.site.load, users[n + 1][1], self.spec.streams) if follows else None
                 group.append((block, self._trained(user, loaded, replicas[len(group)])))
                 if len(group) == len(replicas) or n + 1 == len(users):
                     yield [(of, self._given(trained)) for of, trained in group]
@@ -184,26 +213,20 @@ class Client:
         """
         return self._given(self._trained(user, self._loaded(user), self.site.replica))
 
-    def _load(self, user: int) -> Sequence[Any]:
-        start = time.perf_counter()
-        examples = self.site.task.load_user(user, self.spec.streams.generator("data", user))
-        self._load_seconds = time.perf_counter() - start
-        return examples
-
     def _loaded(self, user: int, ahead: "Future[Sequence[Any]] | None" = None) -> "_Loaded":
         start, failed = time.perf_counter(), None
         examples: Sequence[Any] = ()
         try:
-            examples = self._load(user) if ahead is None else ahead.result()
+            examples = self.site.load(user, self.spec.streams) if ahead is None else ahead.result()
         except Exception as error:  # noqa: BLE001  of the user alone; the exception itself would keep its frames
             failed = _failed(user, error)
-        return _Loaded(examples, failed, time.perf_counter() - start)
+        return _Loaded(examples, failed, self.site.load_seconds, time.perf_counter() - start)
 
     def _trained(self, user: int, loaded: "_Loaded", replica: Replica) -> "_Trained | Contribution":
         if loaded.failed is not None:
             return loaded.failed
         try:
-            return self._train(user, loaded.examples, loaded.seconds, replica)
+            return self._train(user, loaded, replica)
         except Exception as error:  # noqa: BLE001  a task may raise anything
             return _failed(user, error)
 
@@ -220,9 +243,10 @@ class Client:
         if self.states is not None:
             self.states.sync()
 
-    def _train(self, user: int, examples: Sequence[Any], waited: float, replica: Replica) -> "_Trained | Contribution":
-        streams = self.spec.streams
-        tally: Tally = {"examples_left_out": float(int(getattr(examples, "left_out", 0))), "load_seconds": waited}
+    def _train(self, user: int, loaded: _Loaded, replica: Replica) -> "_Trained | Contribution":
+        streams, examples = self.spec.streams, loaded.examples
+        tally: Tally = {"examples_left_out": float(int(getattr(examples, "left_out", 0)))}
+        tally |= {"load_seconds": loaded.waited, "read_seconds": loaded.read}
         if not len(examples):
             return Contribution(user, None, 0.0, {"users_without_data": 1.0, **tally}, _said_of(examples))
         start = time.perf_counter()
@@ -424,6 +448,7 @@ def unpack_bits(packed: bytes, count: int) -> np.ndarray:
 
 def evaluate_units(site: Site, params: torch.Tensor, units: Iterable[int]) -> list[tuple[int, Counts]]:
     """Return what each held-out unit adds to the metrics of a model with parameters `params`, shape (d,)."""
+    site.settle()
     site.replica.load(params.to(site.replica.params.device))
     site.replica.model.eval()
     with torch.inference_mode():

@@ -135,9 +135,18 @@ def begin(
         support=told,
         control=control,
     )
+    return Plan(spec, in_blocks(method, cohort), download.total_bytes + (len(told) + len(control)) * len(cohort), download.sent)
+
+
+def in_blocks(method: Method, cohort: Sequence[int]) -> tuple[Block, ...]:
+    """Return a cohort in blocks of consecutive users."""
     size = max(1, math.ceil(method.sampler.expected_cohort / BLOCKS_A_COHORT))
-    blocks = tuple((n, cohort[i : i + size]) for n, i in enumerate(range(0, len(cohort), size)))
-    return Plan(spec, blocks, download.total_bytes + (len(told) + len(control)) * len(cohort), download.sent)
+    return tuple((n, tuple(cohort[i : i + size])) for n, i in enumerate(range(0, len(cohort), size)))
+
+
+def foresee(method: Method, secret: str, run: str, round: int) -> tuple[Block, ...]:
+    """Return the blocks of a round to come, as `begin` will draw them at the first attempt: to prepare for, never to rely on."""
+    return in_blocks(method, method.sampler.draw(Streams(secret, run, round).generator("cohort")))
 
 
 def deal(blocks: Sequence[Block], workers: int, task: Task, speeds: Sequence[float] | None = None) -> list[list[Block]]:

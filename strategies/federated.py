@@ -3,6 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from logging import INFO
 from pathlib import Path
 
@@ -13,13 +14,13 @@ from flwr.serverapp.strategy import Strategy
 
 from clients import messages
 from fedclip.account import Account
-from fedclip.client import Collector, Partial
+from fedclip.client import WORTH_A_THREAD, Collector, Partial
 from fedclip.codec import DenseCodec
 from fedclip.layout import Layout
 from fedclip.method import Method, ServerState
 from fedclip.pace import Pace
 from fedclip.process import settle_process
-from fedclip.round import Outcome, Plan, Released, WorkerError, begin, cost_of, deal, finish, replay
+from fedclip.round import Outcome, Plan, Released, WorkerError, begin, cost_of, deal, finish, foresee, replay
 from fedclip.simulation import initial_params
 from fedclip.spec import Block
 from fedclip.tally import Tally, add_up, number
@@ -28,6 +29,15 @@ from fedclip.tasks.build import TaskRecipe
 from fedclip.update import Dense
 
 SECONDS_BETWEEN_PULLS = 0.2
+
+
+@dataclass(frozen=True)
+class Dealt:
+    """The blocks of a round, the nodes that there were, and what each of them is to train: those with nothing are left out."""
+
+    blocks: tuple[Block, ...]
+    nodes: list[int]
+    shares: dict[int, list[Block]]
 
 
 class Federated(Strategy):
@@ -84,6 +94,8 @@ class Federated(Strategy):
         self._plan: Plan | None = None
         self._sent = 0
         self._dealt: dict[int, list[Block]] = {}
+        self._foreseen: Dealt | None = None
+        self._reads = False  # whether reading users' data takes time
         self._pace = Pace()
 
     def arrays(self) -> ArrayRecord:
@@ -107,17 +119,27 @@ class Federated(Strategy):
     def _requests(self, grid: Grid) -> list[Message]:
         """Draw the cohort and return a message for each node that has users to train."""
         self._plan = begin(self.method, self.state, self.layout, self._secret, self._run, self.account)
-        nodes, spec = list(grid.get_node_ids()), self._plan.spec
-        # Where any worker does any node's messages, what one did says nothing of the next time.
-        speeds = self._pace.of(nodes) if getattr(grid, "pinned", True) else None
-        shares = deal(self._plan.blocks, len(nodes), self.task, speeds)
-        self._dealt = {node: share for node, share in zip(nodes, shares, strict=True) if share}
+        nodes, spec, pinned = list(grid.get_node_ids()), self._plan.spec, bool(getattr(grid, "pinned", True))
+        foreseen, self._foreseen = self._foreseen, None
+        if foreseen is None or (foreseen.blocks, foreseen.nodes) != (self._plan.blocks, nodes):
+            foreseen = self._deal(self._plan.blocks, nodes, pinned)
+        self._dealt = foreseen.shares
+        if pinned and self._reads:
+            self._foreseen = self._deal(foresee(self.method, self._secret, self._run, spec.streams.round + 1), nodes, pinned)
+        ahead = {node: share[0][1][0] for node, share in self._foreseen.shares.items()} if self._foreseen else {}
         model = messages.model_record(spec.params, spec.control)
         contents = {
-            node: messages.train_request(spec, share, self._recipe, self._device, self._reply, model, self._states)
+            node: messages.train_request(spec, share, self._recipe, self._device, self._reply, model, self._states, ahead=ahead.get(node))
             for node, share in self._dealt.items()
         }
         return self._address(contents, MessageType.TRAIN, self.state.round + 1, grid)
+
+    def _deal(self, blocks: tuple[Block, ...], nodes: list[int], pinned: bool) -> "Dealt":
+        # Where any worker does any node's messages, what one did says nothing of the next time.
+        speeds = self._pace.of(nodes) if pinned else None
+        shares = deal(blocks, len(nodes), self.task, speeds)
+        # The cheapest block, which was dealt last, goes first: training waits for the data of its first user.
+        return Dealt(blocks, nodes, {n: [share[-1], *share[:-1]] for n, share in zip(nodes, shares, strict=True) if share})
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Add the sums, release, take the server step; return the new model and the mean training loss.
@@ -227,6 +249,7 @@ class Federated(Strategy):
         """Take in what a node did, for the next round's shares and for whoever watches."""
         done = add_up({key: value for key, value in tally.items() if key in MEASURED} for tally in tallies)
         seconds = sum(number(done, key) for key in SECONDS)
+        self._reads |= number(done, "read_seconds") > WORTH_A_THREAD * max(1.0, number(done, "users"))
         tried = number(done, "users") + number(done, "failed_users")  # of those that failed there are no seconds
         share = number(done, "users") / tried if tried > 0 else 1.0
         self._pace.learn(node, share * sum(cost_of(self._dealt.get(node, []), self.task).values()), seconds)
@@ -237,7 +260,7 @@ class Federated(Strategy):
 SECONDS = ("load_seconds", "train_seconds", "chain_seconds")
 """What a worker's time goes to."""
 
-MEASURED = ("users", "failed_users", *SECONDS)
+MEASURED = ("users", "failed_users", "read_seconds", *SECONDS)
 """Of what nodes measure, what they are known by."""
 
 

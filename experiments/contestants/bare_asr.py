@@ -9,7 +9,6 @@ if __name__ == "__main__":
     turns = Turns()
 
 import itertools
-import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -25,7 +24,7 @@ from fedclip.layout import Layout
 from fedclip.process import settle_process, settle_thread
 from fedclip.replica import Replica
 from fedclip.rng import Streams
-from fedclip.round import BLOCKS_A_COHORT, deal
+from fedclip.round import deal, in_blocks
 from fedclip.tasks.base import Task
 from fedclip.tasks.build import TaskRecipe
 from strategies.naming import run_digest
@@ -82,9 +81,7 @@ class Rounds:
         self._number += 1
         streams, sampler = Streams(*self._names, self._number), self._prepared.method.sampler
         cohort = sampler.draw(streams.generator("cohort"))
-        size = max(1, math.ceil(sampler.expected_cohort / BLOCKS_A_COHORT))
-        blocks = [(n, cohort[i : i + size]) for n, i in enumerate(range(0, len(cohort), size))]
-        shares = deal(blocks, self._workers, self._prepared.task)
+        shares = deal(in_blocks(self._prepared.method, cohort), self._workers, self._prepared.task)
         return self.pool.round([(streams, [user for _, users in share for user in users]) for share in shares], len(cohort))
 
 

@@ -1,5 +1,7 @@
 """The strategy on a plain Flower grid: what nodes send is added as it comes, in any order, and let go."""
 
+import threading
+import time
 import weakref
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -13,7 +15,9 @@ from flwr.serverapp import Grid
 from clients import messages
 from clients.identity import Identity, assume, number
 from experiments.prepare import prepare, read_experiment
-from fedclip.client import train_blocks
+from fedclip.client import WORTH_A_THREAD, Site, train_blocks
+from fedclip.replica import Replica
+from fedclip.rng import Streams
 from fedclip.round import cost_of
 from fedclip.simulation import InProcess
 from fedclip.spec import Block
@@ -115,3 +119,76 @@ def test_speeds_are_of_users_that_did_not_fail_and_count_where_nodes_have_worker
     assert list(dealt()) == [2], "the one that is so much faster has all"
     grid.pinned = False
     assert dealt() == alike
+
+
+class Nodes(OneByOne):
+    """Each node trains at a site of its own, and reads ahead what it is told to."""
+
+    def __init__(self, sites: dict[int, Site]) -> None:
+        super().__init__(None)
+        self.sites = sites
+
+    def get_node_ids(self) -> Iterable[int]:
+        return list(self.sites)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        _, message = self._out.popitem()
+        request, site = messages.read_train_request(message.content), self.sites[message.metadata.dst_node_id]
+        reply = Message(messages.sums_reply(train_blocks(site, request.spec, request.blocks)), reply_to=message)
+        if request.ahead is not None:
+            site.read_ahead(request.ahead, request.spec.streams)
+        yield reply
+
+
+def test_where_reading_takes_time_nodes_read_their_first_users_of_the_next_round_ahead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.experiments.conftest import VISION
+
+    path = tmp_path / "vision.toml"
+    path.write_text(VISION, encoding="utf-8")
+    prepared = prepare(read_experiment(path, ["sampler.cohort=20"]))
+    here, task, read = InProcess(prepared.method, prepared.task, "s", "r"), prepared.task, list[bool]()
+    load = task.load_user
+
+    def slowly(user: int, rng: Any) -> Any:
+        time.sleep(2 * WORTH_A_THREAD)
+        read.append(threading.current_thread() is threading.main_thread())
+        return load(user, rng)
+
+    monkeypatch.setattr(task, "load_user", slowly)
+    grid = Nodes({node: Site(task, Replica.of(task)) for node in (2, 3)})
+    there, waited = Federated(prepared.method, task, prepared.recipe, "s", "r"), list[int]()
+    for round in range(4):
+        if round == 3:  # what was read is then for nobody
+            there._secret = here._secret = "t"
+        here.round()
+        read.clear()
+        there.round(grid)
+        assert torch.equal(here.state.params, there.state.params)
+        waited.append(sum(read))
+    assert waited == [2, 2, 0, 2], "at first nobody knows that reading takes time; then the next round's are read during this one"
+
+
+def test_data_read_ahead_are_taken_by_that_user_of_that_round_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.experiments.conftest import VISION
+
+    path = tmp_path / "vision.toml"
+    path.write_text(VISION, encoding="utf-8")
+    task, now = prepare(read_experiment(path, [])).task, Streams("s", "r", 4, 1)
+    site = Site(task, Replica.of(task))
+    for user, streams, there in ((3, Streams("s", "r", 5), True), (4, Streams("s", "r", 5), False), (3, Streams("s", "r", 5, 1), False)):
+        site.read_ahead(3, now)
+        assert (site.was_read(user, streams) is not None) == there
+        assert site.was_read(user, streams) is None, "once"
+
+    def fails(user: int, rng: Any) -> Any:
+        raise OSError("no such recording")
+
+    monkeypatch.setattr(task, "load_user", fails)
+    site.read_ahead(3, now)
+    site.settle()
+    ahead = site.was_read(3, Streams("s", "r", 5))
+    assert ahead is not None
+    with pytest.raises(OSError, match="no such recording"):
+        ahead.result()
