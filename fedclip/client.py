@@ -39,7 +39,7 @@ WORTH_A_THREAD = 1e-3
 """Seconds that reading the user before took, from which on the next one is read by a thread."""
 
 
-GROUP_BYTES, GROUP_USERS = 16 << 20, 4
+GROUP_BYTES, GROUP_USERS = 16 << 20, 8
 """So many users of a small model are trained, each in a model of its own, before their updates are clipped and added: that code and the
 sum then come to a core's caches once for all of them. Together their models have at most so many bytes."""
 
