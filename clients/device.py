@@ -104,7 +104,7 @@ def _site(config: Mapping[str, Any], task: str, device: str, errand: messages.Er
         raise ConfigError(f"data-dir: there is no folder {folder}; correct the node configuration.")
     recipe = dataclasses.replace(TaskRecipe.from_json(task), data_dir=str(folder), population=errand.users, index="")
     own: Any = OwnUsers(recipe.build(), errand.first)
-    return folder, Site(own, Replica.of(own, device))
+    return folder, Site(own, Replica.of(own, device), group=1)  # the process ends with this message
 
 
 def _signer(config: Mapping[str, Any]) -> Callable[[bytes], bytes]:

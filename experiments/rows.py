@@ -15,7 +15,7 @@ def times_of(tally: Tally, seconds: float, workers: int) -> dict[str, float]:
     if "train_seconds" not in tally:
         return {}
     of_stages = {f"{stage}_seconds": number(tally, f"{stage}_seconds") for stage in STAGES}
-    return of_stages | {"trainer_busy": of_stages["train_seconds"] / (seconds * workers)}
+    return of_stages | {"read_seconds": number(tally, "read_seconds"), "trainer_busy": of_stages["train_seconds"] / (seconds * workers)}
 
 
 def row_of(tally: Tally, round: int, attempt: int, seconds: float, *, public: bool = False) -> dict[str, Any]:

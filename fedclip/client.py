@@ -41,20 +41,28 @@ WORTH_A_THREAD = 1e-3
 
 GROUP_BYTES, GROUP_USERS = 16 << 20, 8
 """So many users of a small model are trained, each in a model of its own, before their updates are clipped and added: that code and the
-sum then come to a core's caches once for all of them. Together their models have at most so many bytes."""
+sum then come to a core's caches once for all of them. Together their models, frozen weights too, have at most so many bytes."""
 
 
 @dataclass(eq=False)
 class Site:
-    """Where users train: one task and one resident model, used for one user after another; of a small model, a few of them."""
+    """Where users train: one task and one resident model, used for one user after another; of a small model, up to `group` of them.
+
+    Attributes:
+        task: the task.
+        replica: the model.
+        group: users whose updates may lie here before they are clipped and added, at least 1.
+        load_seconds: what reading the data of the last user took.
+    """
 
     task: Task
     replica: Replica
+    group: int = GROUP_USERS
     _ahead: "tuple[tuple[int, Streams], Future[Sequence[Any]]] | None" = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self._replicas = [self.replica]
-        self.load_seconds = 0.0  # of the user before
+        self.load_seconds = 0.0
 
     def load(self, user: int, streams: Streams) -> Sequence[Any]:
         """Return a user's examples."""
@@ -84,8 +92,15 @@ class Site:
 
     def replicas(self, users: int) -> list[Replica]:
         """Return the models that a group of users trains in: as many as there are users, at most, and always `replica` first."""
-        wanted = max(1, min(users, GROUP_USERS, GROUP_BYTES // (4 * self.replica.layout.size)))
-        self._replicas += [self.replica.twin(self.task) for _ in range(len(self._replicas), wanted)]
+        wanted = max(1, min(users, self.group, GROUP_BYTES // self.replica.bytes))
+        if len(self._replicas) < wanted:
+            self.settle()
+        while len(self._replicas) < wanted:
+            twin = self.replica.twin(self.task)
+            if twin is None:
+                self.group = len(self._replicas)
+                break
+            self._replicas.append(twin)
         return self._replicas[:wanted]
 
 

@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from functools import partial
 
 from fedclip.checkpoints import KEPT
+from fedclip.client import GROUP_BYTES, GROUP_USERS
 from fedclip.layout import Layout
 from fedclip.method import Method
 from fedclip.shapes import shapes_only, tensor_bytes
+from fedclip.update import LARGE
 from fedclip.user_states import Forecast
 
 
@@ -88,6 +90,8 @@ def memory(method: Method, sizes: Sizes, workers: int, updates: float = 0.0) -> 
     """
     p = sizes.parameters
     replica = {"parameters": p + sizes.fixed, "gradients": p}
+    if (more := min(GROUP_USERS, GROUP_BYTES // (p + sizes.fixed)) - 1) > 0:
+        replica["models of a group of users"] = more * (2 * p + sizes.fixed)
     control = p if method.control else 0
     sent = {"model as it was sent": p, "control variate as it was sent": control}
     folded = {"sum of updates (int64)": 2 * p}
@@ -152,8 +156,9 @@ def _releasing(
 ) -> dict[str, dict[str, int]]:
     """Return what lies beside the rest while sums are added and released, and while the server takes its step; `held`: to the end."""
     p, held = sizes.parameters, held or {}
+    ahead = {"numbers of the noise (float64)": 2 * p} if method.private and p < 4 * LARGE else {}
     return {
-        "adding": {**arrived, "sum (int64)": 2 * p},
+        "adding": {**arrived, "sum (int64)": 2 * p, **ahead},
         "releasing": {**held, "sum (float64)": 2 * p, "noise or mean (float64)": 2 * p, "released mean": p},
         "stepping": {**held, "released mean": p, "next moments": sizes.moments, "step": p, "next model": p},
     }

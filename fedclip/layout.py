@@ -82,6 +82,10 @@ class Layout:
             return self
         return self._by_block if grouping == "block" else Layout(self.names, self.shapes, layers)
 
+    def __getstate__(self) -> dict[str, object]:
+        """Leave out what can be made anew: of a large model it is megabytes."""
+        return {"names": self.names, "shapes": self.shapes, "layers": self.layers}
+
     @cached_property
     def _blocks(self) -> tuple[str, ...]:
         return tuple(block_of(n) for n in self.names)

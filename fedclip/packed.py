@@ -81,6 +81,8 @@ class PackedCodec(Codec):
         A section is never longer than what it holds. The most that a value takes is an 8-bit code with a float32 scale of its own, and
         its position 16 bits, with one word more for 65,535 places without a coordinate.
         """
+        if type(self).encode is not PackedCodec.encode:
+            return super().largest(layout, stored)  # of a codec that writes bytes of its own nothing is known
         kept = layout.size if stored is None else min(stored, layout.size)
         values = 5 * kept + LONGEST_VARINT + 5 * LONGEST_VARINT
         if stored is None:

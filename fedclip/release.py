@@ -4,7 +4,7 @@ Nothing of the sum may reach the server chain by another way: no norm of it, no 
 """
 
 import math
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol
 
@@ -103,15 +103,16 @@ class DrawnAhead:
 
     def __init__(self, rng: np.random.Generator, size: int) -> None:
         thread = ThreadPoolExecutor(1, "fedclip-noise")
-        self._numbers = thread.submit(rng.standard_normal, size)
+        self._numbers: Future[np.ndarray] | None = thread.submit(rng.standard_normal, size)
         thread.shutdown(wait=False)  # it ends with what it was given
 
     def standard_normal(self, size: int) -> np.ndarray:
         """Return the numbers, float64, shape (size,); once, as whoever gets them may write to them."""
-        numbers: np.ndarray = self._numbers.result()
-        if size != numbers.size:
-            raise ValueError(f"Expected to be asked for the {numbers.size} numbers that were drawn ahead, got {size}.")
-        return numbers
+        numbers, self._numbers = self._numbers, None
+        if numbers is None or size != numbers.result().size:
+            drawn = "none any more" if numbers is None else f"the {numbers.result().size} that were drawn ahead"
+            raise ValueError(f"Expected to be asked for {drawn}, got {size}: noise falls on one sum alone.")
+        return numbers.result()
 
 
 Denominator = Literal["weights"] | float

@@ -52,9 +52,20 @@ class Replica:
         """Return a replica of a task's model, its weights as the task says they may lie."""
         return cls(task.make_model(), device, channels_last=bool(getattr(task, "channels_last", False)))
 
-    def twin(self, task: Task) -> "Replica":
-        """Return another replica of a task's model, on the same device and with its weights lying the same way."""
-        return Replica(task.make_model(), str(self.params.device), channels_last=self._channels_last)
+    def twin(self, task: Task) -> "Replica | None":
+        """Return another replica of a task's model, on the same device and with its weights lying the same way.
+
+        None where the task, against its contract, gives the same weights again: a second replica would take them from this one.
+        """
+        model, mine = task.make_model(), {id(parameter) for parameter in self.model.parameters()}
+        if any(id(parameter) in mine for parameter in model.parameters()):
+            return None
+        return Replica(model, str(self.params.device), channels_last=self._channels_last)
+
+    @property
+    def bytes(self) -> int:
+        """What the model takes, frozen weights and buffers with it."""
+        return sum(t.numel() * t.element_size() for t in (*self.model.parameters(), *self.model.buffers()))
 
     @property
     def flat_gradients(self) -> bool:

@@ -22,7 +22,7 @@ from fedclip.downlink import Sent
 from fedclip.fold import Fold, Grid
 from fedclip.layout import Layout
 from fedclip.method import AVERAGE_WEIGHT, Method, ServerState, noise_norms
-from fedclip.release import DrawnAhead, Gaussian, Normals
+from fedclip.release import DrawnAhead, Gaussian, Normals, Release
 from fedclip.rng import Streams
 from fedclip.sampling import Available
 from fedclip.spec import Block, RoundSpec
@@ -201,7 +201,8 @@ def release(
     streams, support = plan.spec.streams, support_of(plan.spec, method.client, layout)
     noise = streams.generator("noise")
     normals: Normals = noise
-    ahead = type(method.release.mechanism) is Gaussian and layout.size < LARGE  # one of somebody's own may draw other numbers
+    # Somebody's own may draw other numbers.
+    ahead = (type(method.release), type(method.release.mechanism)) == (Release, Gaussian) and layout.size < LARGE
     for part in partials:
         if ahead:
             normals, ahead = DrawnAhead(noise, layout.size if support is None else len(support)), False

@@ -11,7 +11,7 @@ from fedclip.rng import Streams
 from fedclip.tasks.base import Counts, Task
 
 MOST_NAMES = 1000
-"""Different names of counts in all replies together: a task has some for each language."""
+"""Different names of counts in all replies together: a task has some for each language. Where there are more, whoever names most goes."""
 
 Reject = Callable[[str, Cause, str], None]
 """Is told of a reply that is not taken: the name of its node, the cause, and what is said of it."""
@@ -22,14 +22,11 @@ def pooled(task: Task, answers: Iterable[tuple[Asked, Sequence[Counts]]], reject
 
     They are made once, of everything. Where that cannot be done, a reply that they cannot be made of is found by halving, and left out.
     """
-    taken, names = list[tuple[Asked, Sequence[Counts]]](), set[str]()
-    for asked, counts in answers:
-        also = {name for unit in counts for name in unit} | names
-        if len(also) > MOST_NAMES:
-            reject(asked.name, "malformed", f"over {MOST_NAMES} names of counts")
-            continue
-        names = also
-        taken.append((asked, counts))
+    taken = list(answers)
+    names = [{name for unit in counts for name in unit} for _, counts in taken]
+    while len(set[str]().union(*names)) > MOST_NAMES:
+        most = max(range(len(taken)), key=lambda n: (len(names[n]), n))
+        reject(taken.pop(most)[0].name, "malformed", f"{len(names.pop(most))} names of counts, and over {MOST_NAMES} with those of others")
 
     def summary(many: int) -> dict[str, float] | Exception:
         counts = [unit for _, units in taken[:many] for unit in units]

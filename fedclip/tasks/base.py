@@ -38,8 +38,8 @@ class Task(Protocol):
     def load_user(self, user: int, rng: np.random.Generator) -> Sequence[Any]:
         """Return the training examples of a user. `rng` is this user's stream of this round.
 
-        It may be called on the training thread or on another one, while `batches` and `loss` train the user before; never for two users
-        at once.
+        It may be called on the training thread or on another one, while `batches` and `loss` train the user before, or between rounds;
+        never for two users at once, nor while another method is asked for something else. What it returns may go unused.
 
         An attribute `left_out` of what is returned, where there is one, counts what could not be used; `faults` says of what could
         not be read where it is and why, a line each.

@@ -82,11 +82,11 @@ def test_memory_is_what_lies_in_a_process_by_hand():
     private = method([ClipByGlobalNorm(1.0)], LAMB(Schedule(value=0.1)), release=Release(Gaussian(1.0), 10.0), sampler=Poisson(100, 10))
     p, of = 4 * 241, sizes(private)
     (process,) = memory(private, of, 0)
-    # Parameters, gradients, the server's model and two moments all along.
-    kept = 8 + 5 * p
+    # Parameters, gradients, the server's model and two moments all along; seven more models with their gradients.
+    kept = 8 + 5 * p + 7 * (2 * p + 8)
     assert sum(process.kept.values()) == kept
-    # Two int64 sums; the float64 sum, the noise that it is added to, and the mean.
-    assert sum(process.phases["adding"].values()) == (2 + 2) * p
+    # Two int64 sums and the numbers of the noise; the float64 sum, the noise that it is added to, and the mean.
+    assert sum(process.phases["adding"].values()) == (2 + 2 + 2) * p
     assert sum(process.phases["releasing"].values()) == (2 + 2 + 1) * p
     # The model as sent and the int64 sum, the message up, the update decoded and guarded.
     assert sum(process.phases["taking"].values()) == 3 * p + (p + 20) + 2 * p
@@ -94,7 +94,7 @@ def test_memory_is_what_lies_in_a_process_by_hand():
     assert process.peak == kept + 6 * p + 20
     worker, server = memory(private, of, 3)
     assert (worker.count, server.count) == (3, 1)
-    assert sum(server.phases["adding"].values()) == (3 * (2 + 2) + 2) * p  # each sum in its message, and out of it
+    assert sum(server.phases["adding"].values()) == (3 * (2 + 2) + 2 + 2) * p  # each sum in its message, and out of it
     worker, server = memory(private, of, 3, updates=12)
     assert (worker.kept["messages of users"], server.phases["taking"]["messages of users"]) == (4 * (p + 20), 12 * (p + 20))
     assert sum(memory(private, sizes(private, activations=10**6), 3)[0].phases["training"].values()) == 10**6

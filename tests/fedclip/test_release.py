@@ -122,5 +122,9 @@ def test_numbers_drawn_ahead_are_those_of_the_stream():
     stream, plain = rng(), rng()
     for size in (1000, 7):
         assert np.array_equal(DrawnAhead(stream, size).standard_normal(size), plain.standard_normal(size))
-    with pytest.raises(ValueError, match="3 numbers that were drawn ahead, got 4"):
+    with pytest.raises(ValueError, match="the 3 that were drawn ahead, got 4"):
         DrawnAhead(stream, 3).standard_normal(4)
+    once = DrawnAhead(stream, 3)
+    once.standard_normal(3)
+    with pytest.raises(ValueError, match="none any more"):
+        once.standard_normal(3)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from fedclip.client import Client, Collector, Contribution, Site, evaluate_units, train_blocks
+from fedclip.client import GROUP_BYTES, GROUP_USERS, Client, Collector, Contribution, Site, evaluate_units, train_blocks
 from fedclip.clipping import ClipByGlobalNorm, ClipPerLayer
 from fedclip.fold import FoldOverflow
 from fedclip.method import Method, ServerState
@@ -542,3 +542,31 @@ def test_an_empty_payload_is_a_failed_user():
     collector = Collector(begin(method, ServerState.initial(initial_params(VISION), method, layout), layout, "s", "run").spec, layout)
     collector.take(0, Contribution(1, b"", 1.0, {"users": 1.0}))
     assert collector.tallies[0] == {"failed_users": 1.0, "uplink_bytes": 0.0, "fold_seconds": collector.tallies[0]["fold_seconds"]}
+
+
+def test_a_group_has_as_many_models_as_fit_frozen_weights_counted_and_none_where_the_task_gives_the_same_again():
+    class Wide(Line):
+        frozen, same = 0, None
+
+        def make_model(self):
+            if self.same is not None:
+                return self.same
+            model = super().make_model()
+            model.backbone = nn.Parameter(torch.zeros(self.frozen), requires_grad=False)
+            return model
+
+    def models(frozen=0, users=20, group=GROUP_USERS):
+        task = Wide()
+        task.frozen = frozen
+        return len(Site(task, Replica(task.make_model()), group).replicas(users))
+
+    assert (models(), models(users=3), models(group=1)) == (GROUP_USERS, 3, 1)
+    assert (models(frozen=GROUP_BYTES // 8 - 2), models(frozen=GROUP_BYTES)) == (2, 1)
+    task = Wide()
+    task.same = Line().make_model()
+    site = Site(task, Replica(task.same))
+    before = site.replica.params
+    assert site.replicas(20) == [site.replica]
+    with torch.no_grad():
+        task.same.weight.fill_(7.0)
+    assert before.tolist() == [7.0, 7.0], "its weights are still those of the replica"

@@ -98,7 +98,15 @@ def test_names_without_end_are_refused() -> None:
     told: list[str] = []
     answers = [of(f"node {n}", {"words": 1.0} | {f"words.{n} {i}": 1.0 for i in range(90)}) for n in range(20)]
     assert pooled(Summing(), answers, lambda name, *said: told.append(name)) == {"words": 11}  # type: ignore[arg-type]
-    assert told == [f"node {n}" for n in range(11, 20)]
+    assert told == [f"node {n}" for n in range(19, 10, -1)]
+
+
+def test_whoever_names_most_goes_and_not_those_that_come_after() -> None:
+    told: list[str] = []
+    liar = of("liar", {f"words.{i}": 1.0 for i in range(999)} | {"words": 1.0})
+    honest = [of(f"node {n}", {"words": 1.0, f"words.{n}": 1.0, "others": 1.0}) for n in range(5)]
+    assert pooled(Summing(), [liar, *honest], lambda name, *said: told.append(name)) == {"words": 5}  # type: ignore[arg-type]
+    assert told == ["liar"]
 
 
 def answered(units: int, digits: int = 1) -> tuple[Message, Asked]:
