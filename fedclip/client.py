@@ -171,7 +171,8 @@ class Client:
         site: where users train.
         spec: what the server said.
         states: where the states of users are; None where the chain has none.
-        encodes: whether updates travel as payloads. Otherwise each is to be taken before the next user is trained, which overwrites it.
+        encodes: whether updates travel as payloads. Otherwise those of a group are to be taken before the next one is
+            trained, which overwrites them.
 
     Raises:
         ValueError: the chain has a state, and there is no place for it.
