@@ -29,7 +29,7 @@ from fedclip.stages import build_stage
 from fedclip.tally import MOST_SAID, Tally, add_up, number, shortened
 from fedclip.tasks.base import Counts, Task
 from fedclip.transform import UNBOUNDED, Chain, Ctx, State, Transform, has_content
-from fedclip.update import Dense, Sparse, Update, finite_or_zero, layer_sparsity, scale, to_dense
+from fedclip.update import Dense, Sparse, Update, difference, finite_or_zero, layer_sparsity, scale, to_dense
 from fedclip.user_states import UserStates, apart, halved, restored
 from fedclip.wire import Wire
 
@@ -274,8 +274,7 @@ class Client:
         with streams.torch_seeded("training", user, str(replica.params.device)):
             loss = self.local.train(replica, self.site.task, examples, streams.generator("batches", user), correction)
         # In the place of the parameters, which the next user's training sets anew: of a large model a vector is gigabytes.
-        result = replica.taken()
-        delta = Dense(torch.sub(self.params, result, out=result))
+        delta = difference(self.params, replica.taken())
         weight = user_weight(len(examples), self.spec.weighting, self.spec.max_examples)
         return _Trained(user, delta, state, own, loss, weight, tally, _said_of(examples), time.perf_counter() - start)
 

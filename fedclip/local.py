@@ -115,6 +115,8 @@ class LocalSGD:
             losses += of_step
             if finite:
                 self._step(replica, optimizer, correction)
+        if not replica.flat_gradients:
+            replica.clear_gradients()  # a core's caches have their memory, and the next user, who may train in another replica, needs some
         return float(torch.stack(losses).mean()) if losses else float("nan")
 
     def gradients(

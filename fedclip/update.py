@@ -20,8 +20,8 @@ BLOCK = 1 << 18
 LARGE = 1 << 24
 """Coordinates from which on memory comes before time: 64 MB of float32."""
 
-SPAN = 1 << 16
-"""Coordinates whose squares are summed in one step, as float64 numbers that a core's second cache holds."""
+SPAN = 1 << 15
+"""Coordinates that are summed, or brought onto a grid, in one step: what it takes, float64 numbers too, a core's second cache holds."""
 
 NORM_ERROR = 8e-6
 """What a quick norm is off by at most, relatively: half of the `ROW` = 256 roundings of 2^-24 of its squares' sum, however ordered."""
@@ -60,10 +60,18 @@ Grid = Half | Codes
 
 @dataclass(frozen=True, eq=False)
 class Dense:
-    """Every coordinate. `vector`: float32, shape (d,); `grid`: where the values lie, None for any float32 numbers."""
+    """Every coordinate.
+
+    Attributes:
+        vector: float32, shape (d,).
+        grid: where the values lie, None for any float32 numbers.
+        energies: the sum of the squares of each whole row of `ROW` coordinates, as float32 arithmetic rounds it, float32, shape
+            (d // ROW,); None where nobody has summed them.
+    """
 
     vector: torch.Tensor
     grid: Grid | None = None
+    energies: np.ndarray | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,9 +164,32 @@ def zeros(size: int, dtype: type[np.generic] = np.float32) -> torch.Tensor:
     return torch.from_numpy(np.zeros(size, dtype))
 
 
+def difference(before: torch.Tensor, after: torch.Tensor) -> Dense:
+    """Return `before - after`, both float32, shape (d,), in the place of `after`; on the CPU with its energies, in one pass over memory."""
+    if after.device.type != "cpu":
+        return Dense(torch.sub(before, after, out=after))
+    energies, minuend, result = np.empty(len(after) // ROW, dtype=np.float32), before.numpy(), after.numpy()
+    with np.errstate(over="ignore", invalid="ignore"):
+        for start in range(0, len(result), SPAN):
+            part = result[start : start + SPAN]
+            np.subtract(minuend[start : start + SPAN], part, out=part)
+            _sum_rows(part, energies[start // ROW : (start + SPAN) // ROW])
+    return Dense(after, energies=energies)
+
+
+def _sum_rows(values: np.ndarray, energies: np.ndarray) -> np.ndarray:
+    """Put the sum of the squares of each whole row of `ROW` values in its place, and return them all."""
+    rows = values[: len(values) - len(values) % ROW].reshape(-1, ROW)
+    return np.vecdot(rows, rows, out=energies)  # type: ignore[no-any-return]
+
+
 def is_finite(update: Update) -> bool:
     """Return whether no stored value is NaN or infinite."""
     values = values_of(update)
+    if isinstance(update, Dense) and update.energies is not None:  # squares may overflow though no value is infinite
+        rest = values[len(update.energies) * ROW :]
+        if np.isfinite(update.energies).all() and math.isfinite(float(rest.abs().sum())):
+            return True
     # Without a temporary of the vector's size: a NaN or an infinity survives each reduction; a sum may overflow without one.
     if not values.numel() or math.isfinite(float(values.sum())):
         return True
@@ -204,10 +235,11 @@ def quick_layer_norms(update: Update, layout: Layout) -> list[float]:
     """
     if isinstance(update, Sparse) or update.vector.device.type != "cpu":
         return layer_norms(update, layout)
-    values, rows, layers = update.vector.detach().numpy(), layout.rows, len(layout.layer_names)
-    whole = values[: len(values) - len(values) % ROW].reshape(-1, ROW)
+    values, rows, layers, of_rows = update.vector.detach().numpy(), layout.rows, len(layout.layer_names), update.energies
     with np.errstate(over="ignore"):
-        energies = np.concatenate([np.vecdot(whole, whole), np.square(values[rows.loose], dtype=np.float64)])
+        if of_rows is None:
+            of_rows = _sum_rows(values, np.empty(len(values) // ROW, dtype=np.float32))
+        energies = np.concatenate([of_rows, np.square(values[rows.loose], dtype=np.float64)])
     squares: list[float] = np.bincount(rows.owners, energies, layers + 1)[:layers].tolist()
     if not all(SMALLEST_QUICK < s < math.inf for s in squares):
         return layer_norms(update, layout)

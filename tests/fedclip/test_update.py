@@ -8,11 +8,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedclip.layout import ROW, Layout
 from fedclip.update import (
     NORM_ERROR,
+    SPAN,
     Dense,
     Sparse,
     add,
+    difference,
     finite_or_zero,
     is_finite,
     layer_norms,
@@ -151,3 +154,30 @@ def test_layers_of_a_sparse_update_are_as_if_done_one_by_one(case, seed):
         of_parts = zip(parts, [drawn[h] for h in layout.layer_of], strict=True)
         alone = [p if f == 1.0 else scale(Sparse(kept, p), f).values for p, f in of_parts]
         assert bits(scale_layers(sparse, layout, drawn).values) == bits(torch.cat(alone))
+
+
+@pytest.mark.parametrize("size", [0, 1, ROW - 1, ROW, SPAN, SPAN + 3 * ROW + 7])
+def test_a_difference_is_that_of_torch_in_place_and_its_norms_are_those_of_its_vector(size):
+    before, after = (torch.from_numpy(np.random.default_rng(n).standard_normal(size).astype(np.float32)) for n in (1, 2))
+    expected, layout = before - after, Layout.of(torch.nn.ParameterList([torch.nn.Parameter(torch.zeros(size))]))
+    update = difference(before, after)
+    assert update.vector is after
+    assert torch.equal(after, expected)
+    assert is_finite(update)
+    assert update.energies is not None
+    assert quick_layer_norms(update, layout) == quick_layer_norms(Dense(expected), layout)
+
+
+@pytest.mark.parametrize("at", [0, ROW, SPAN + 5, SPAN + 2 * ROW, -1])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_difference_that_is_not_finite_is_seen_in_rows_and_after_them(at, bad):
+    after = torch.zeros(SPAN + 2 * ROW + 3)
+    after[at] = bad
+    assert not is_finite(difference(torch.zeros_like(after), after))
+
+
+def test_squares_that_overflow_make_no_difference_infinite():
+    update = difference(torch.zeros(3 * ROW + 1), torch.full((3 * ROW + 1,), 1e38))
+    assert not np.isfinite(update.energies).any()
+    assert is_finite(update)
+    assert finite_or_zero(update) == (update, True)
