@@ -7,10 +7,11 @@ from flwr.clientapp import ClientApp
 
 from clients import device, messages
 from clients.states import states_at
-from fedclip.client import Client, Site, evaluate_units, train_blocks
+from fedclip.client import Client, train_blocks
 from fedclip.codec import DenseCodec
 from fedclip.process import settle_process
 from fedclip.replica import Replica
+from fedclip.site import Site, evaluate_units
 from fedclip.tasks.build import TaskRecipe
 
 app = ClientApp()

@@ -17,10 +17,12 @@ from flwr.app import RecordDict
 from clients import messages
 from clients.kept import in_use
 from clients.signing import read_private, sign
-from fedclip.client import Client, Contribution, Site, evaluate_units
+from fedclip.client import Client
 from fedclip.codec import DenseCodec
+from fedclip.collector import Contribution
 from fedclip.options import ConfigError
 from fedclip.replica import Replica
+from fedclip.site import Site, evaluate_units
 from fedclip.tasks.base import Task
 from fedclip.tasks.build import TaskRecipe
 from fedclip.update import to_dense

@@ -3,7 +3,7 @@
 A reply is taken once, from the node that was asked, for the run, round, attempt, message and model that it was asked for, signed with
 the key that the roster has of that node; of users that it was asked for, in payloads no longer than an update of this model can be. What
 is wrong with one becomes a `Rejected` with its cause, to be counted, and never anything worse. What passes is then decoded into no more
-than the layout, made finite, and projected onto the bound of the chain (`fedclip.client.Collector`).
+than the layout, made finite, and projected onto the bound of the chain (`fedclip.collector.Collector`).
 """
 
 import math
@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from clients.device import digest_of
 from clients.messages import read_device_reply
 from clients.signing import verified
-from fedclip.client import Contribution
+from fedclip.collector import Contribution
 from fedclip.tally import MOST_CHARACTERS, Tally
 
 Cause = Literal[

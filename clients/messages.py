@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
-from fedclip.client import Contribution, Partial
+from fedclip.collector import Contribution, Partial
 from fedclip.spec import Block, RoundSpec
 from fedclip.tasks.base import Counts
 

@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from fedclip.choices import Precision
-from fedclip.client import Collector, Contribution
 from fedclip.clipping import ClipByGlobalNorm, ClipPerLayer
+from fedclip.collector import Collector, Contribution
 from fedclip.dgc import ROUNDINGS
 from fedclip.fold import Grid
 from fedclip.layout import Layout

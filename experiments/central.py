@@ -5,7 +5,6 @@ from collections.abc import Callable
 
 from experiments.engines import secret_of
 from experiments.prepare import Prepared
-from fedclip.client import Site, evaluate_units
 from fedclip.config import CentralOptions
 from fedclip.inplace import InPlace, clip_factor
 from fedclip.layout import Layout
@@ -14,6 +13,7 @@ from fedclip.replica import Replica
 from fedclip.rng import Streams
 from fedclip.round import Outcome, Released
 from fedclip.schedules import Schedule
+from fedclip.site import Site, evaluate_units
 from fedclip.tally import Tally, add_up
 from fedclip.tasks.base import Counts
 from strategies.naming import run_digest

@@ -12,13 +12,13 @@ from experiments.live import Reporter, describe_result, describe_speakers, size
 from experiments.prepare import Prepared, on_folder, prepare
 from experiments.run import DONE, run_rounds
 from fedclip.asr.metrics import speaker_rows
-from fedclip.client import Site, evaluate_units
 from fedclip.config import Experiment, apply_overrides
 from fedclip.layout import Layout
 from fedclip.model_file import check_alphabet, flatten, load_model, model_path
 from fedclip.options import ConfigError
 from fedclip.release import Release
 from fedclip.replica import Replica
+from fedclip.site import Site, evaluate_units
 from fedclip.user_states import Forecast
 from strategies.recipes import resolve
 

@@ -1,7 +1,7 @@
 """What a run takes before it is run: memory by what lies in it, bytes on the wire over the rounds, and room on the disk.
 
-Memory follows `fedclip.client`, `fedclip.round` and the engines line by line: what stays for a whole round, and what lies beside it in each
-phase. P stands for the model's trainable parameters in float32.
+Memory follows `fedclip.client`, `fedclip.site`, `fedclip.round` and the engines line by line: what stays for a whole round, and what lies
+beside it in each phase. P stands for the model's trainable parameters in float32.
 """
 
 import itertools
@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from functools import partial
 
 from fedclip.checkpoints import KEPT
-from fedclip.client import GROUP_BYTES, GROUP_USERS
 from fedclip.layout import Layout
 from fedclip.method import Method
 from fedclip.shapes import shapes_only, tensor_bytes
+from fedclip.site import GROUP_BYTES, GROUP_USERS
 from fedclip.update import LARGE
 from fedclip.user_states import Forecast
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from fedclip.account import Account
-from fedclip.client import Partial
+from fedclip.collector import Partial
 from fedclip.control import gradients_moved, next_of_server
 from fedclip.downlink import Sent
 from fedclip.fold import Fold, Grid

@@ -6,12 +6,13 @@ from collections.abc import Callable
 import torch
 
 from fedclip.account import Account
-from fedclip.client import Site, evaluate_units, train_blocks
+from fedclip.client import train_blocks
 from fedclip.layout import Layout
 from fedclip.method import Method, ServerState
 from fedclip.process import settle_process, trim_memory
 from fedclip.replica import Replica
 from fedclip.round import Outcome, Released, begin, finish, replay
+from fedclip.site import Site, evaluate_units
 from fedclip.tasks.base import Counts, Task
 from fedclip.user_states import StatesInMemory, UserStates
 

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from fedclip.client import Client, Collector, Contribution, Site
+from fedclip.client import Client
+from fedclip.collector import Collector, Contribution
 from fedclip.fold import Fold, Grid
 from fedclip.forecast import breaks
 from fedclip.layout import Layout
@@ -20,6 +21,7 @@ from fedclip.method import Method, ServerState
 from fedclip.replica import Replica
 from fedclip.round import begin
 from fedclip.shapes import shrunk, tensor_bytes
+from fedclip.site import Site
 from fedclip.spec import RoundSpec
 from fedclip.tasks.base import Task
 from fedclip.transform import Ctx

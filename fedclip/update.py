@@ -180,7 +180,7 @@ def difference(before: torch.Tensor, after: torch.Tensor) -> Dense:
 def _sum_rows(values: np.ndarray, energies: np.ndarray) -> np.ndarray:
     """Put the sum of the squares of each whole row of `ROW` values in its place, and return them all."""
     rows = values[: len(values) - len(values) % ROW].reshape(-1, ROW)
-    return np.vecdot(rows, rows, out=energies)  # type: ignore[no-any-return]
+    return np.vecdot(rows, rows, out=energies)
 
 
 def is_finite(update: Update) -> bool:

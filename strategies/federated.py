@@ -14,14 +14,15 @@ from flwr.serverapp.strategy import Strategy
 
 from clients import messages
 from fedclip.account import Account
-from fedclip.client import WORTH_A_THREAD, Collector, Partial
 from fedclip.codec import DenseCodec
+from fedclip.collector import Collector, Partial
 from fedclip.layout import Layout
 from fedclip.method import Method, ServerState
 from fedclip.pace import Pace
 from fedclip.process import settle_process
 from fedclip.round import Outcome, Plan, Released, WorkerError, begin, cost_of, deal, finish, foresee, replay
 from fedclip.simulation import initial_params
+from fedclip.site import WORTH_A_THREAD
 from fedclip.spec import Block
 from fedclip.tally import Tally, add_up, number
 from fedclip.tasks.base import Counts, Task

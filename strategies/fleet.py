@@ -20,8 +20,8 @@ from clients.link import Link
 from clients.roster import NAME, Enrolled, Roster
 from clients.signing import public_line
 from fedclip.account import Account, BudgetSpent
-from fedclip.client import Collector, Contribution, Site, evaluate_units
 from fedclip.codec import DenseCodec
+from fedclip.collector import Collector, Contribution
 from fedclip.config import DeploymentOptions
 from fedclip.layout import Layout
 from fedclip.method import Method, ServerState
@@ -31,6 +31,7 @@ from fedclip.replica import Replica
 from fedclip.rng import Streams
 from fedclip.round import Outcome, Plan, Released, WorkerError, begin, finish, replay
 from fedclip.simulation import initial_params
+from fedclip.site import Site, evaluate_units
 from fedclip.tally import MOST_CHARACTERS, add_up
 from fedclip.tasks.base import Counts, Task
 from fedclip.tasks.build import TaskRecipe

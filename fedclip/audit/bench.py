@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from fedclip.client import Collector, Contribution, Partial, Site, pack_bits
 from fedclip.client import train_blocks as train
+from fedclip.collector import Collector, Contribution, Partial, pack_bits
 from fedclip.layout import Layout
 from fedclip.method import Method, ServerState
 from fedclip.optimizers import SGD
 from fedclip.round import Outcome, Plan, begin, finish
 from fedclip.schedules import Schedule
+from fedclip.site import Site
 from fedclip.spec import Block, RoundSpec
 from fedclip.tally import Tally
 from fedclip.transform import PROBE, Chain, ErrorFeedback, Transform

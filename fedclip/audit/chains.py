@@ -11,8 +11,8 @@ import torch
 from fedclip.audit.findings import Finding
 from fedclip.audit.hostile import KINDS, hostile_vector
 from fedclip.audit.replay import CLOSE, Moved, ratio_to_bound
-from fedclip.client import Collector, Contribution, Partial, pack_bits
 from fedclip.codec import Codec, DenseCodec
+from fedclip.collector import Collector, Contribution, Partial, pack_bits
 from fedclip.fold import Grid
 from fedclip.layout import Layout
 from fedclip.rng import Streams

@@ -14,13 +14,14 @@ from fedclip.audit.bench import Bench, System, users_of
 from fedclip.audit.claims import Support
 from fedclip.audit.findings import Finding
 from fedclip.audit.hostile import HostileTask, hostile_vector
-from fedclip.client import Partial, Site
+from fedclip.collector import Partial
 from fedclip.layout import Layout
 from fedclip.local import LocalSGD
 from fedclip.method import Method, ServerState
 from fedclip.replica import Replica
 from fedclip.round import Plan
 from fedclip.simulation import initial_params
+from fedclip.site import Site
 from fedclip.tasks.base import Task
 from fedclip.transform import Bound
 from fedclip.user_states import StatesInMemory

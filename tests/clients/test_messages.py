@@ -10,7 +10,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 
 from clients import messages
-from fedclip.client import Contribution, Partial
+from fedclip.collector import Contribution, Partial
 from fedclip.fold import Grid
 from fedclip.rng import Streams
 from fedclip.spec import RoundSpec

@@ -13,11 +13,11 @@ from typer.testing import CliRunner
 
 from experiments.cli import app
 from experiments.prepare import prepare
-from fedclip.client import Site, evaluate_units
 from fedclip.config import make_experiment
 from fedclip.layout import Layout
 from fedclip.model_file import flatten, load_model, save_model
 from fedclip.replica import Replica
+from fedclip.site import Site, evaluate_units
 from fedclip.speech.acoustics import resample
 from fedclip.speech.corpus import SAMPLE_RATE, Utterance
 from fedclip.tasks.asr import AsrTask

@@ -8,8 +8,9 @@ import torch
 
 from fedclip.adaptive import AdaptiveClip
 from fedclip.audit.bench import System
-from fedclip.client import Client, Collector, Contribution
+from fedclip.client import Client
 from fedclip.clipping import ClipByGlobalNorm, ClipPerLayer
+from fedclip.collector import Collector, Contribution
 from fedclip.layout import Layout
 from fedclip.local import LocalSGD
 from fedclip.method import Method

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from fedclip.adaptive import AdaptiveClip
-from fedclip.client import Collector, Contribution, pack_bits, unpack_bits
 from fedclip.clipping import LARGEST_SPREAD, ClipByGlobalNorm, ClipPerLayer
+from fedclip.collector import Collector, Contribution, pack_bits, unpack_bits
 from fedclip.layout import Layout
 from fedclip.local import LocalSGD
 from fedclip.method import Method, ServerState

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from fedclip.client import Site, train_blocks
+from fedclip.client import train_blocks
 from fedclip.local import LocalSGD
 from fedclip.method import ServerState
 from fedclip.release import Gaussian
@@ -16,6 +16,7 @@ from fedclip.replica import Replica
 from fedclip.round import begin, finish
 from fedclip.sampling import FixedSize, Poisson
 from fedclip.simulation import initial_params
+from fedclip.site import Site
 from fedclip.user_states import Forecast, StatesInMemory
 from strategies.recipes import fedavg, scaffold, stages
 

@@ -13,7 +13,7 @@ from fedclip.audit.chains import audit_chain
 from fedclip.audit.hostile import HostileTask
 from fedclip.audit.replay import audit_contributions, audit_hostile, audit_replay, ratio_to_bound
 from fedclip.audit.suite import narrow
-from fedclip.client import Client, Site
+from fedclip.client import Client
 from fedclip.clipping import ClipByGlobalNorm, ClipPerLayer
 from fedclip.dgc import DGC
 from fedclip.layout import Layout
@@ -24,6 +24,7 @@ from fedclip.release import Gaussian
 from fedclip.replica import Replica
 from fedclip.round import begin
 from fedclip.sampling import FixedSize, Poisson
+from fedclip.site import Site
 from fedclip.tasks.vision import build_vision
 from fedclip.tasks.vision_options import VisionOptions
 from fedclip.transform import Bound, chain, with_error_feedback

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from fedclip.client import GROUP_BYTES, GROUP_USERS, Client, Collector, Contribution, Site, evaluate_units, train_blocks
+from fedclip.client import Client, train_blocks
 from fedclip.clipping import ClipByGlobalNorm, ClipPerLayer
+from fedclip.collector import Collector, Contribution
 from fedclip.fold import FoldOverflow
 from fedclip.method import Method, ServerState
 from fedclip.optimizers import SGD
@@ -23,6 +24,7 @@ from fedclip.round import advance, begin, deal, finish, release
 from fedclip.sampling import Poisson
 from fedclip.schedules import Schedule
 from fedclip.simulation import initial_params
+from fedclip.site import GROUP_BYTES, GROUP_USERS, Site, evaluate_units
 from fedclip.sparsify import CommonMask, RandomK, TopK
 from fedclip.spec import RoundSpec
 from fedclip.stages import gaussian, local_sgd, poisson

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from fedclip.adaptive import AdaptiveClip
 from fedclip.checkpoints import Checkpoint, Checkpoints
-from fedclip.client import Client, Collector, Contribution, Site, pack_bits
+from fedclip.client import Client
 from fedclip.clipping import ClipByGlobalNorm, ClipPerLayer
 from fedclip.codec import DenseCodec, WireError
+from fedclip.collector import Collector, Contribution, pack_bits
 from fedclip.dgc import DGC
 from fedclip.local import LocalSGD
 from fedclip.method import Method, ServerState, noise_to_bound
@@ -25,6 +26,7 @@ from fedclip.replica import Replica
 from fedclip.round import begin, finish
 from fedclip.sampling import Poisson
 from fedclip.schedules import Schedule
+from fedclip.site import Site
 from fedclip.sparsify import CommonMask, RandomK
 from fedclip.tasks.vision import build_vision
 from fedclip.tasks.vision_options import VisionOptions

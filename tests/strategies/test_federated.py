@@ -15,11 +15,12 @@ from flwr.serverapp import Grid
 from clients import messages
 from clients.identity import Identity, assume, number
 from experiments.prepare import prepare, read_experiment
-from fedclip.client import WORTH_A_THREAD, Site, train_blocks
+from fedclip.client import train_blocks
 from fedclip.replica import Replica
 from fedclip.rng import Streams
 from fedclip.round import cost_of
 from fedclip.simulation import InProcess
+from fedclip.site import WORTH_A_THREAD, Site
 from fedclip.spec import Block
 from fedclip.tally import Tally
 from strategies.federated import Federated
