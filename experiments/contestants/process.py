@@ -40,7 +40,7 @@ class Setting:
 
 
 class Contestant:
-    """A process that does one round whenever it is asked to.
+    """A process that does one round whenever it is asked to, and is stopped while others have their turn, with all that it started.
 
     Args:
         name: what the table calls it.
@@ -62,6 +62,7 @@ class Contestant:
             )  # fmt: skip
         self.described = self._answer()
         self.answers: list[dict[str, Any]] = []
+        self._signal(signal.SIGSTOP)
 
     def turn(self) -> None:
         """Have it do a round.
@@ -70,10 +71,18 @@ class Contestant:
             ConfigError: it has ended.
         """
         pipe, before = self._process.stdin, session_seconds(self._process.pid)
+        self._signal(signal.SIGCONT)
         if pipe is not None:
             print(file=pipe, flush=True)
         answer = self._answer()
+        self._signal(signal.SIGSTOP)
         self.answers.append(answer | {"cpu_seconds": session_seconds(self._process.pid) - before})
+
+    def _signal(self, which: signal.Signals) -> None:
+        """Stop all processes of the contestant, or let them go on: what some of them do while they wait would slow the others down."""
+        for pid in session_processes(self._process.pid):
+            with suppress(ProcessLookupError):
+                os.kill(pid, which)
 
     def _answer(self) -> dict[str, Any]:
         line = self._process.stdout.readline() if self._process.stdout is not None else ""
@@ -89,6 +98,7 @@ class Contestant:
 
     def __exit__(self, *_: object) -> None:
         """Let the process end, which it does when nothing more can come; where it does not, end it and what it started."""
+        self._signal(signal.SIGCONT)
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
                 pipe.close()
@@ -99,15 +109,20 @@ class Contestant:
             self._process.wait()
 
 
-def session_seconds(session: int) -> float:
-    """Return the processor time, in seconds, of the processes of a session that are there now."""
-    ticks = 0
+def session_processes(session: int) -> dict[int, float]:
+    """Return the processes of a session that are there now, each with its processor time in seconds."""
+    found = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):  # it may end at any time
             fields = path.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()  # proc(5), from the third on
             if int(fields[3]) == session:
-                ticks += int(fields[11]) + int(fields[12])
-    return ticks / os.sysconf("SC_CLK_TCK")
+                found[int(path.parent.name)] = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return found
+
+
+def session_seconds(session: int) -> float:
+    """Return the processor time, in seconds, of the processes of a session that are there now."""
+    return sum(session_processes(session).values())
 
 
 def environment(device: str) -> dict[str, str]:

@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import re
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ from typer.testing import CliRunner
 from experiments.bench_engine import KINDS, STAGES, Kind, Times, parts_of
 from experiments.cli import app
 from experiments.contestants import workload
+from experiments.contestants.process import Contestant, Setting, session_seconds
 from experiments.contestants.task import ImagesTask
 from fedclip.local import LocalSGD
 from fedclip.replica import Replica
@@ -59,6 +62,31 @@ def test_the_command_times_both_in_turns_and_says_what_is_documented(monkeypatch
     assert min(said["parts"][name] for name in ("train", "clip", "accounting")) > 0
     assert sum(said["parts"].values()) < 1.5  # reading and adding go on while training does
     assert {*said, *ours, *bare} <= set(re.findall(r"`(\w+)`", PAGE.read_text(encoding="utf-8")))
+
+
+BUSY = r"""
+import json, os, subprocess, sys, time
+subprocess.Popen([sys.executable, "-c", f"import os\nwhile os.getppid() == {os.getpid()}: pass"])
+print(json.dumps({"session": os.getpid()}), flush=True)
+while sys.stdin.readline():
+    time.sleep(0.2)
+    print(json.dumps({"users": 1}), flush=True)
+"""
+
+
+def test_who_waits_for_a_turn_stands_still_with_all_that_it_started(tmp_path: Path) -> None:
+    with Contestant("busy", [sys.executable, "-c", BUSY], Setting("mlp", 1, 1, 1, "cpu"), tmp_path) as busy:
+        session = busy.described["session"]
+        before = session_seconds(session)
+        time.sleep(0.3)
+        assert session_seconds(session) == before
+        busy.turn()
+        assert busy.answers[0]["cpu_seconds"] > 0
+        assert session_seconds(session) > before
+    deadline = time.monotonic() + 10
+    while session_seconds(session) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not session_seconds(session)  # they went on, and ended
 
 
 def test_ratios_are_of_medians_and_their_interval_holds_rounds_together() -> None:
