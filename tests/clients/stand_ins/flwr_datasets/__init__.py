@@ -21,6 +21,9 @@ class Examples:
         batch = self.transform({"img": [self.images[index]], "label": [int(self.labels[index])]})
         return {name: values[0] for name, values in batch.items()}
 
+    def with_transform(self, transform):
+        return Examples(self.images, self.labels, transform)
+
     def train_test_split(self, test_size, seed):
         order = np.random.default_rng(seed).permutation(len(self))
         held_out = round(test_size * len(self))
@@ -32,7 +35,7 @@ class Split(dict):
     """Examples by the name of their part."""
 
     def with_transform(self, transform):
-        return Split({name: Examples(part.images, part.labels, transform) for name, part in self.items()})
+        return Split({name: part.with_transform(transform) for name, part in self.items()})
 
 
 class FederatedDataset:
