@@ -145,6 +145,13 @@ class RayGrid(Grid):
         with at_work.changed:
             return at_work.crew.name(node - FIRST_NODE_ID) if self.pinned else f"node {node}"
 
+    def machines(self, nodes: Sequence[int]) -> list[str]:
+        """Return the id of the Ray node where each node's own worker is; empty where it is not up."""
+        at_work = self._at_work
+        with at_work.changed:
+            posts = [at_work.crew.posts.get(node - FIRST_NODE_ID) for node in nodes]
+        return [post.ray_node if post else "" for post in posts]
+
     def take_faults(self) -> tuple[int, list[str]]:
         """Return how many workers were replaced since the last time, and the ids of the messages that were done again, once each time."""
         return self._at_work.take_faults()

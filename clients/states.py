@@ -1,20 +1,39 @@
 """Where a message says that the states of users are: a folder, or one that is lent to Ray nodes which do not have its disk.
 
-It is the folder of the run, on the machine that leads it: a run goes on after a crash, whatever became of the other machines.
+It is the folder of the run, on the machine that leads it: a run goes on after a crash, whatever became of the other machines. Each of
+those keeps copies of what was written there last, to read what is the newest state of a user without asking for it.
 """
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 from uuid import uuid4
 
 from clients.lanes import MessageLost
-from fedclip.storage import Chunk, Storage
-from fedclip.user_states import StatesInFolder, UserStates
+from fedclip.sealed import SealedFileError
+from fedclip.transform import State
+from fedclip.user_states import StatesInFolder, UserStates, file_of, state_in
 
 LENT = "ray"
 """A place is a folder, or `ray:KEEPER:NODE:FOLDER`: a keeper on the Ray node of the folder, whose workers use it directly."""
+
+NAMESPACE = "fedclip"
+"""Of keepers, in Ray: whoever clears up asks for those of other runs too."""
+
+AT_A_TIME = 8
+"""Calls that a keeper is at: it waits for its disk most of the time."""
+
+NEAR_VERSIONS = 2
+"""Newest copies of each user on another machine: of the round that is not over, and what it started from, for when that is done again."""
+
+LEFT_FREE = 0.1
+"""Of the disk where copies are: Ray, which has its own files there, fails where it is full."""
+
+CLEAR_SECONDS = 30.0
+"""That machines have to take copies away; who does not answer is taken for lost."""
 
 
 @contextmanager
@@ -23,16 +42,53 @@ def lent(folder: Path) -> Iterator[str]:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    name, node = f"states-{uuid4().hex}", ray.get_runtime_context().get_node_id()
+    def on(node: str) -> dict[str, Any]:
+        return {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
+
+    name, own = f"states-{uuid4().hex}", ray.get_runtime_context().get_node_id()
     # Files are all that it knows, so that Ray may start it anew, and do what it was at again.
-    here = NodeAffinitySchedulingStrategy(node, soft=False)
-    options = {"name": name, "num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
-    keeper: Any = ray.remote(Storage).options(**options).remote()
+    options = {"name": name, "namespace": NAMESPACE, "max_restarts": -1, "max_task_retries": -1, "max_concurrency": AT_A_TIME, **on(own)}
+    keeper: Any = ray.remote(StatesInFolder).options(**options).remote(folder.absolute())
     try:
-        yield f"{LENT}:{name}:{node}:{folder.absolute()}"
+        yield f"{LENT}:{name}:{own}:{folder.absolute()}"
     finally:
         if ray.is_initialized():
-            ray.kill(keeper)
+            ray.kill(keeper)  # first: whoever is still at work writes no more copies
+            nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]  # Ray gives it no types
+            cleared = [ray.remote(clear).options(max_retries=0, **on(node)).remote(name) for node in nodes]
+            ray.wait(cleared, num_returns=len(cleared), timeout=CLEAR_SECONDS)
+
+
+def near(keeper: str) -> Path:
+    """Return the folder of this Ray node for copies of what a keeper has."""
+    import ray
+
+    folder, start = _copies()
+    return folder / f"{start}{keeper}-{ray.get_runtime_context().get_node_id()}"
+
+
+def clear(gone: str) -> None:
+    """Take away the copies on this machine of what a keeper had that is gone, and of others of this cluster whose run was killed."""
+    import ray
+
+    folder, start = _copies()
+    for copies in (path for path in folder.iterdir() if path.name.startswith(start)):
+        keeper, _, _ = copies.name.removeprefix(start).rpartition("-")
+        try:
+            there = keeper != gone and bool(ray.get_actor(keeper, NAMESPACE))
+        except ValueError:
+            there = False
+        if not there:
+            shutil.rmtree(copies, ignore_errors=True)
+
+
+def _copies() -> tuple[Path, str]:
+    """Return where this machine has its folders of copies, and how the names of this cluster's begin."""
+    import ray
+
+    context = ray.get_runtime_context()
+    folder = getattr(context, "get_temp_dir", tempfile.gettempdir)()  # older releases of Ray do not say
+    return Path(folder), f"{NAMESPACE}-{context.gcs_address}-"
 
 
 def states_at(place: str) -> UserStates | None:
@@ -42,66 +98,58 @@ def states_at(place: str) -> UserStates | None:
     import ray
 
     _, name, node, folder = place.split(":", 3)
-    here = ray.get_runtime_context().get_node_id() == node
-    return StatesInFolder(Path(folder), None if here else Elsewhere(ray.get_actor(name)))
+    if ray.get_runtime_context().get_node_id() == node:
+        return StatesInFolder(Path(folder))
+    return StatesElsewhere(Path(folder), ray.get_actor(name, NAMESPACE), near(name))
 
 
-class Elsewhere(Storage):
-    """The files of another machine, by way of an actor there that is a `Storage`.
+class StatesElsewhere:
+    """The states of users in a folder of another machine, and copies of the newest that were written here.
 
-    What the file operations raise there is raised here. Where the actor cannot be asked, each raises `MessageLost`: no user is to blame.
+    What cannot be done there is raised here. Where nobody answers, all raise `MessageLost`: no user is to blame. A copy that is damaged
+    or cannot be written costs time, and nothing else: what counts as a user's state is asked for, and what is not here comes from there.
+
+    Args:
+        folder: the folder there.
+        keeper: an actor there, that is a `StatesInFolder`.
+        near: the folder here, for this user alone to read; made when first needed.
     """
 
-    def __init__(self, keeper: Any) -> None:
-        self._keeper = keeper
+    def __init__(self, folder: Path, keeper: Any, near: Path) -> None:
+        self._folder, self._keeper, self._near = folder, keeper, StatesInFolder(near, kept=NEAR_VERSIONS)
+        self._staged: list[Path] = []
 
-    def exists(self, path: Path) -> bool:
-        """Return whether there is a file."""
-        return bool(self._ask("exists", path))
+    def load(self, user: int, round: int, template: State) -> State:
+        """Return what the user had after its last round before `round`; the template where it was never seen.
+
+        Raises:
+            SealedFileError, ValueError: as `StatesInFolder`, of the file there.
+        """
+        path = self._ask("newest", user, round)
+        if path is None:
+            return template
+        with suppress(SealedFileError, ValueError):
+            return state_in(self._near, self._near.folder / path.relative_to(self._folder), user, template)
+        return state_in(self, path, user, template)
 
     def read(self, path: Path) -> bytes:
-        """Return a file's content."""
-        return cast(bytes, self._ask("read", path))
+        """Return the content of a file there."""
+        return bytes(self._ask("read", path))
 
-    def names(self, folder: Path) -> list[str]:
-        """Return the names of the files in a folder, sorted; none where there is no folder."""
-        return cast(list[str], self._ask("names", folder))
+    def stage(self, user: int, round: int, attempt: int, state: State) -> None:
+        """Keep what the user has after a round that is not over yet; the oldest of its states goes."""
+        content = [bytes(chunk) for chunk in file_of(user, state)]
+        self._staged.append(self._ask("put", user, round, attempt, content))
+        with suppress(OSError):
+            disk = shutil.disk_usage(self._near.folder.parent)
+            if disk.free - sum(map(len, content)) > LEFT_FREE * disk.total:
+                self._near.folder.mkdir(mode=0o700, exist_ok=True)
+                self._near.put(user, round, attempt, content)
 
-    def folders(self, folder: Path) -> list[str]:
-        """Return the names of the folders in a folder, sorted; none where there is no folder."""
-        return cast(list[str], self._ask("folders", folder))
-
-    def make_folder(self, folder: Path) -> None:
-        """Make a folder and those above it, where they are not there."""
-        self._ask("make_folder", folder)
-
-    def write(self, path: Path, chunks: Iterable[Chunk]) -> None:
-        """Make a file anew, or in the place of an old one. Nothing is synced."""
-        self._ask("write", path, [bytes(chunk) for chunk in chunks])
-
-    def append(self, path: Path, data: bytes) -> None:
-        """Refuse: what is done again where a machine died must not add twice."""
-        raise NotImplementedError("Files of another machine are written whole.")
-
-    def truncate(self, path: Path, size: int) -> None:
-        """Cut a file to its first bytes. Nothing is synced."""
-        self._ask("truncate", path, size)
-
-    def sync(self, path: Path) -> None:
-        """Wait until a file's content is on the disk."""
-        self._ask("sync", path)
-
-    def rename(self, old: Path, new: Path) -> None:
-        """Give a file another name, in the place of a file that has it."""
-        self._ask("rename", old, new)
-
-    def sync_folder(self, folder: Path) -> None:
-        """Wait until the names in a folder are on the disk."""
-        self._ask("sync_folder", folder)
-
-    def remove(self, path: Path) -> None:
-        """Take a file away."""
-        self._ask("remove", path)
+    def sync(self) -> None:
+        """Wait until all that was staged since the last time is durable there."""
+        self._ask("settle", self._staged)
+        self._staged = []
 
     def _ask(self, operation: str, *arguments: Any) -> Any:
         import ray

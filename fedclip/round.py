@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from fedclip.method import AVERAGE_WEIGHT, Method, ServerState, noise_norms
 from fedclip.release import DrawnAhead, Gaussian, Normals, Release
 from fedclip.rng import Streams
 from fedclip.sampling import Available
+from fedclip.shards import homes, shard_of
 from fedclip.spec import Block, RoundSpec
 from fedclip.stages import describe_stage
 from fedclip.tally import MOST_SAID, Tally, add_up, number
@@ -42,7 +44,7 @@ ASKED_A_BLOCK = 64
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What `begin` decided: the specification, the cohort in blocks of consecutive users, and what the model costs on its way down.
+    """What `begin` decided: the specification, the cohort in blocks of users, and what the model costs on its way down.
 
     `sent` is what clients then have of it, where it goes down as differences.
     """
@@ -139,9 +141,10 @@ def begin(
 
 
 def in_blocks(method: Method, cohort: Sequence[int]) -> tuple[Block, ...]:
-    """Return a cohort in blocks of consecutive users."""
+    """Return a cohort in blocks of consecutive users; where a state is kept of each, of consecutive users of a shard."""
     size = max(1, math.ceil(method.sampler.expected_cohort / BLOCKS_A_COHORT))
-    return tuple((n, tuple(cohort[i : i + size])) for n, i in enumerate(range(0, len(cohort), size)))
+    shards = [list(users) for _, users in groupby(sorted(cohort, key=shard_of), shard_of)] if method.stateful else [cohort]
+    return tuple(enumerate(tuple(users[i : i + size]) for users in shards for i in range(0, len(users), size)))
 
 
 def foresee(method: Method, secret: str, run: str, round: int) -> tuple[Block, ...]:
@@ -149,23 +152,42 @@ def foresee(method: Method, secret: str, run: str, round: int) -> tuple[Block, .
     return in_blocks(method, method.sampler.draw(Streams(secret, run, round).generator("cohort")))
 
 
-def deal(blocks: Sequence[Block], workers: int, task: Task, speeds: Sequence[float] | None = None) -> list[list[Block]]:
+def deal(
+    blocks: Sequence[Block], workers: int, task: Task, speeds: Sequence[float] | None = None, machines: Sequence[str] | None = None
+) -> list[list[Block]]:
     """Share blocks out over workers, the longest first to whoever would be done with it first, by the task's predicted costs.
+
+    With `machines`, first of all to those where its shard is at home, as long as all could be done at once with that.
 
     Args:
         blocks: the blocks.
         workers: how many there are.
         task: predicts the cost of a user.
         speeds: cost that each worker does in a second, over 0; None: all do the same. How blocks are dealt changes no bit of their sum.
+        machines: where each worker is, where blocks are of one shard each; None: it does not matter.
     """
     loads, shares = [0.0] * workers, [list[Block]() for _ in range(workers)]
     costs = cost_of(blocks, task)
     pace = speeds or [1.0] * workers
-    for block in sorted(blocks, key=lambda b: (-costs[b[0]], b[0])):
-        first = min(range(workers), key=lambda w: (loads[w] + costs[block[0]]) / pace[w])
-        shares[first].append(block)
-        loads[first] += costs[block[0]]
-    return shares
+    left = sorted(blocks, key=lambda b: (-costs[b[0]], b[0]))
+    home = homes(machines) if machines is not None else ()
+
+    def done(worker: int, block: Block) -> tuple[float, bool]:
+        away = machines is not None and machines[worker] != home[shard_of(block[1][0])]
+        return (loads[worker] + costs[block[0]]) / pace[worker], away
+
+    def give(worker: int, block: Block) -> None:
+        shares[worker].append(block)
+        loads[worker] += costs[block[0]]
+
+    if machines is not None:
+        fair, longest_first, left = (1 + 1e-9) * sum(costs.values()) / sum(pace), left, []
+        for block in longest_first:
+            first = min(range(workers), key=lambda w: done(w, block)[::-1])
+            give(first, block) if done(first, block)[0] <= fair else left.append(block)
+    for block in left:
+        give(min(range(workers), key=lambda w: done(w, block)), block)
+    return [sorted(share, key=lambda b: (-costs[b[0]], b[0])) for share in shares]
 
 
 def _predicted_cost(task: Task, users: Sequence[int]) -> float:

@@ -10,7 +10,7 @@ import math
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -52,7 +52,14 @@ def sealed(kind: str, data: Mapping[str, Any], tensors: Mapping[str, torch.Tenso
     yield digest.digest()
 
 
-def read_sealed(storage: Storage, path: Path, kind: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+class Reader(Protocol):
+    """Reads files: a `Storage`, or whoever has them."""
+
+    def read(self, path: Path) -> bytes:
+        """Return a file's content."""
+
+
+def read_sealed(storage: Reader, path: Path, kind: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Return the data and the tensors of a sealed file.
 
     Raises:

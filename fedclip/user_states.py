@@ -6,7 +6,7 @@ Whatever a round that did not end has left behind is rolled back. There is no ev
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from fedclip.layout import Layout
-from fedclip.sealed import pack_state, read_sealed, sealed, unpack_state
+from fedclip.sealed import Reader, pack_state, read_sealed, sealed, unpack_state
 from fedclip.shapes import shapes_only, tensor_bytes
-from fedclip.storage import Storage
+from fedclip.storage import Chunk, Storage
 from fedclip.transform import State
 
 if TYPE_CHECKING:
@@ -122,56 +122,83 @@ class StatesInMemory:
         """Nothing outlives this process."""
 
 
+def state_in(files: Reader, path: Path, user: int, template: State) -> State:
+    """Return the state of a user in a file.
+
+    Raises:
+        SealedFileError: the file is damaged.
+        ValueError: it is the state of another user, or of another chain.
+    """
+    data, tensors = read_sealed(files, path, KIND)
+    if data["user"] != user:
+        raise ValueError(f"{path} holds the state of user {data['user']}, expected that of user {user}; files were swapped.")
+    return unpack_state(template, data["state"], tensors)
+
+
+def file_of(user: int, state: State) -> Iterator[Chunk]:
+    """Return the content of the file of a user's state."""
+    numbers, tensors = pack_state(state)
+    return sealed(KIND, {"user": user, "state": numbers}, tensors)
+
+
 class StatesInFolder:
     """The states of users as files: `FOLDER/<id // 1000>/<id>/<round>-<attempt>.state`. Workers that share the folder share the states.
 
     Args:
         folder: where; made when first needed.
         storage: the disk.
+        kept: newest states kept of each user.
     """
 
-    def __init__(self, folder: Path, storage: Storage | None = None) -> None:
-        self.folder, self._storage = folder, storage or Storage()
+    def __init__(self, folder: Path, storage: Storage | None = None, kept: int = KEPT_VERSIONS) -> None:
+        self.folder, self._storage, self._kept = folder, storage or Storage(), kept
         self._staged: list[Path] = []
 
     def load(self, user: int, round: int, template: State) -> State:
         """Return what the user had after its last round before `round`; the template where it was never seen.
 
         Raises:
-            SealedFileError: the file is damaged, or of another user.
-            ValueError: it is the state of another chain.
+            SealedFileError, ValueError: as `state_in`.
         """
-        before = [path for r, _, path in self._versions(self._place(user)) if r < round]
-        if not before:
-            return template
-        return self._read(before[-1], user, template)
+        path = self.newest(user, round)
+        return template if path is None else state_in(self, path, user, template)
 
-    def _read(self, path: Path, user: int, template: State) -> State:
-        data, tensors = read_sealed(self._storage, path, KIND)
-        if data["user"] != user:
-            raise ValueError(f"{path} holds the state of user {data['user']}, expected that of user {user}; files were swapped.")
-        return unpack_state(template, data["state"], tensors)
+    def newest(self, user: int, round: int) -> Path | None:
+        """Return the file of what the user had after its last round before `round`; None where it was never seen."""
+        before = [path for r, _, path in self._versions(self._place(user)) if r < round]
+        return before[-1] if before else None
+
+    def read(self, path: Path) -> bytes:
+        """Return a file's content."""
+        return self._storage.read(path)
 
     def stage(self, user: int, round: int, attempt: int, state: State) -> None:
         """Keep what the user has after a round that is not over yet; the oldest of its states goes."""
-        versions = [v for v in self._versions(self._place(user)) if v[0] < round]
-        for _, _, old in versions[: 1 - KEPT_VERSIONS]:
-            self._storage.remove(old)
-        self._write(self._path(user, round, attempt), user, state)
+        self._staged.append(self.put(user, round, attempt, file_of(user, state)))
 
-    def _write(self, path: Path, user: int, state: State) -> None:
+    def put(self, user: int, round: int, attempt: int, content: Iterable[Chunk]) -> Path:
+        """Write the file of what the user has after a round, and return where; the oldest of its files goes."""
+        versions = [v for v in self._versions(self._place(user)) if v[0] < round]
+        for _, _, old in versions[: 1 - self._kept]:
+            self._storage.remove(old)
+        return self._write(self._path(user, round, attempt), content)
+
+    def _write(self, path: Path, content: Iterable[Chunk]) -> Path:
         self._storage.make_folder(path.parent)
-        numbers, tensors = pack_state(state)
-        self._storage.write(path, sealed(KIND, {"user": user, "state": numbers}, tensors))
-        self._staged.append(path)
+        self._storage.write(path, content)
+        return path
 
     def sync(self) -> None:
         """Wait until all that was staged since the last time is durable."""
-        for path in self._staged:
-            self._storage.sync(path)
-        for folder in sorted({folder for path in self._staged for folder in self._folders(path)}):
-            self._storage.sync_folder(folder)
+        self.settle(self._staged)
         self._staged = []
+
+    def settle(self, paths: Sequence[Path]) -> None:
+        """Wait until files, and their names, are durable."""
+        for path in paths:
+            self._storage.sync(path)
+        for folder in sorted({folder for path in paths for folder in self._folders(path)}):
+            self._storage.sync_folder(folder)
 
     def roll_back(self, round: int) -> None:
         """Take away what was staged after round `round`: rounds that did not end."""
@@ -222,15 +249,15 @@ class StatesOnDevice(StatesInFolder):
         """Return what the user had when its last update was taken; the template where none was, or the device has lost it.
 
         Raises:
-            SealedFileError, ValueError: as `StatesInFolder`.
+            SealedFileError, ValueError: as `state_in`.
         """
         path = self._path(user, *self._taken[user]) if user in self._taken else None
-        return self._read(path, user, template) if path is not None and self._storage.exists(path) else template
+        return state_in(self, path, user, template) if path is not None and self._storage.exists(path) else template
 
-    def stage(self, user: int, round: int, attempt: int, state: State) -> None:
-        """Keep what the user has after an attempt at a round, beside what counts; whatever else there is goes."""
+    def put(self, user: int, round: int, attempt: int, content: Iterable[Chunk]) -> Path:
+        """Write the file of what the user has after an attempt at a round, beside what counts; whatever else there is goes."""
         kept = self._path(user, *self._taken[user]) if user in self._taken else None
         for _, _, old in self._versions(self._place(user)):
             if old != kept:
                 self._storage.remove(old)
-        self._write(self._path(user, round, attempt), user, state)
+        return self._write(self._path(user, round, attempt), content)

@@ -13,6 +13,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from clients import messages
+from clients.states import LENT
 from fedclip.account import Account
 from fedclip.codec import DenseCodec
 from fedclip.collector import Collector, Partial
@@ -120,13 +121,13 @@ class Federated(Strategy):
     def _requests(self, grid: Grid) -> list[Message]:
         """Draw the cohort and return a message for each node that has users to train."""
         self._plan = begin(self.method, self.state, self.layout, self._secret, self._run, self.account)
-        nodes, spec, pinned = list(grid.get_node_ids()), self._plan.spec, bool(getattr(grid, "pinned", True))
+        nodes, spec = list(grid.get_node_ids()), self._plan.spec
         foreseen, self._foreseen = self._foreseen, None
         if foreseen is None or (foreseen.blocks, foreseen.nodes) != (self._plan.blocks, nodes):
-            foreseen = self._deal(self._plan.blocks, nodes, pinned)
+            foreseen = self._deal(self._plan.blocks, nodes, grid)
         self._dealt = foreseen.shares
         if self._reads and getattr(grid, "pinned", False):  # who does a node's messages will do the next one too
-            self._foreseen = self._deal(foresee(self.method, self._secret, self._run, spec.streams.round + 1), nodes, pinned)
+            self._foreseen = self._deal(foresee(self.method, self._secret, self._run, spec.streams.round + 1), nodes, grid)
         ahead = {node: share[0][1][0] for node, share in self._foreseen.shares.items()} if self._foreseen else {}
         model = messages.model_record(spec.params, spec.control)
         contents = {
@@ -135,10 +136,12 @@ class Federated(Strategy):
         }
         return self._address(contents, MessageType.TRAIN, self.state.round + 1, grid)
 
-    def _deal(self, blocks: tuple[Block, ...], nodes: list[int], pinned: bool) -> "Dealt":
+    def _deal(self, blocks: tuple[Block, ...], nodes: list[int], grid: Grid) -> "Dealt":
         # Where any worker does any node's messages, what one did says nothing of the next time.
+        pinned = bool(getattr(grid, "pinned", True))
         speeds = self._pace.of(nodes) if pinned else None
-        shares = deal(blocks, len(nodes), self.task, speeds)
+        machines = grid.machines(nodes) if pinned and self._states.startswith(f"{LENT}:") and hasattr(grid, "machines") else []
+        shares = deal(blocks, len(nodes), self.task, speeds, machines if len(set(machines)) > 1 else None)
         # The cheapest block, which was dealt last, goes first: training waits for the data of its first user.
         return Dealt(blocks, nodes, {n: [share[-1], *share[:-1]] for n, share in zip(nodes, shares, strict=True) if share})
 

@@ -161,7 +161,10 @@ def test_nodes_are_those_of_the_workers_that_are_up(ray_session):
         assert len(replies) == 2, "the other did both"
         assert len(set(answers(replies, "pid").values())) == 1
         assert list(own.get_node_ids()) == [FIRST_NODE_ID + 1]
+        machine = ray.get_runtime_context().get_node_id()
+        assert set(own.machines([FIRST_NODE_ID, FIRST_NODE_ID + 1, FIRST_NODE_ID + 2])[1:]) == {machine, ""}
         assert wait_for(lambda: own.workers == 2)
+        assert own.machines([FIRST_NODE_ID + 1, FIRST_NODE_ID]) == [machine] * 2
 
 
 def test_replies_stream_one_by_one_and_stay_on_the_cluster_till_then(grid):

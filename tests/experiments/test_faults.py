@@ -112,7 +112,7 @@ def test_two_nodes_of_which_one_is_lost_in_a_round_and_another_comes(vision: Pat
     driver = Path(__file__).with_name("cluster_driver.py")
     done = subprocess.run(
         [sys.executable, str(driver), str(vision), str(tmp_path)],
-        env=os.environ | {"RAY_TMPDIR": str(short), "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"RAY_TMPDIR": str(short), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(driver.parents[2])},
         capture_output=True,
         text=True,
         timeout=400,
@@ -124,8 +124,13 @@ def test_two_nodes_of_which_one_is_lost_in_a_round_and_another_comes(vision: Pat
     assert seen["equal"]
     assert seen["states_equal"]
     assert seen["states"] > 50
+    known, read, put = (seen["crossed"][call] for call in ("newest", "read", "put"))
+    assert read[0] < known[0], "of users that come again states are there already"
+    assert put[1] > 0
+    assert seen["copies"] == [0, 2], "what leads needs none, the other machine has those of before it was lost, and after"
+    assert seen["left"] == 0
     assert seen["machines"] == seen["heard"] == 2
-    assert (seen["puts"], seen["copies"]) == (1, 2), "the model is stored once, and goes once to each node"
+    assert (seen["puts"], seen["model_at"]) == (1, 2), "the model is stored once, and goes once to each node"
     assert seen["workers"] == [2, 1, 2], "both; one is lost; another came"
     assert seen["faults"][0] == 1
     assert seen["faults"][1] >= 1

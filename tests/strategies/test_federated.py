@@ -1,9 +1,10 @@
 """The strategy on a plain Flower grid: what nodes send is added as it comes, in any order, and let go."""
 
+import dataclasses
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,16 @@ from clients import messages
 from clients.identity import Identity, assume, number
 from experiments.prepare import prepare, read_experiment
 from fedclip.client import train_blocks
+from fedclip.clipping import ClipPerLayer
+from fedclip.method import Method
 from fedclip.replica import Replica
 from fedclip.rng import Streams
-from fedclip.round import cost_of
+from fedclip.round import cost_of, deal
 from fedclip.simulation import InProcess
 from fedclip.site import WORTH_A_THREAD, Site
 from fedclip.spec import Block
 from fedclip.tally import Tally
+from fedclip.transform import chain
 from strategies.federated import Federated
 
 NODES = range(2, 14)
@@ -120,6 +124,49 @@ def test_speeds_are_of_users_that_did_not_fail_and_count_where_nodes_have_worker
     assert list(dealt()) == [2], "the one that is so much faster has all"
     grid.pinned = False
     assert dealt() == alike
+
+
+class OnMachines(OneByOne):
+    """Its nodes are on as many machines as it is told."""
+
+    count = 3
+
+    def machines(self, nodes: Sequence[int]) -> list[str]:
+        return [f"machine {node % self.count}" for node in nodes]
+
+
+def test_users_with_states_are_dealt_by_machine_where_their_folder_is_lent_to_several(tmp_path: Path) -> None:
+    from tests.experiments.conftest import VISION
+    from tests.experiments.test_engines import STATEFUL
+
+    path = tmp_path / "vision.toml"
+    path.write_text(VISION, encoding="utf-8")
+    prepared = prepare(read_experiment(path, [STATEFUL, "sampler.cohort=40", "privacy.noise_multiplier=0.5"]))
+    grid = OnMachines(None)
+
+    def dealt(states: Path | str, method: Method = prepared.method) -> tuple[dict[int, list[Block]], list[list[Block]], list[list[Block]]]:
+        strategy = Federated(method, prepared.task, prepared.recipe, "s", "r", states=states)
+        list(strategy.configure_train(1, strategy.arrays(), ConfigRecord(), grid))
+        plan, machines = strategy._plan, grid.machines(NODES)
+        assert plan is not None
+        there, anywhere = (sorted(filter(None, deal(plan.blocks, len(NODES), prepared.task, None, m))) for m in (machines, None))
+        return strategy._dealt, there, anywhere
+
+    def shares(dealt: dict[int, list[Block]]) -> list[list[Block]]:
+        return sorted([*share[1:], share[0]] for share in dealt.values())
+
+    got, there, anywhere = dealt("ray:keeper:node:/folder")
+    assert shares(got) == there != anywhere
+    got, there, anywhere = dealt(tmp_path)
+    assert shares(got) == anywhere
+    grid.pinned = False
+    assert shares(dealt("ray:keeper:node:/folder")[0]) == anywhere, "any worker may get any message"
+    grid.pinned, grid.count = True, 1
+    assert shares(dealt("ray:keeper:node:/folder")[0]) == anywhere
+    stateless = dataclasses.replace(prepared.method, client=chain(ClipPerLayer(0.5)))
+    grid.count = 3
+    got, there, anywhere = dealt("ray:keeper:node:/folder", stateless)
+    assert shares(got) == anywhere != there
 
 
 class Nodes(OneByOne):
