@@ -106,8 +106,8 @@ def left_by(out: Path) -> dict[str, Any]:
 def test_a_run_leaves_the_files_of_one_that_evaluates_between_rounds(
     vision: Path, tmp_path: Path, grid: RayGrid, sent: list[str], monkeypatch: pytest.MonkeyPatch, noise: bool
 ) -> None:
-    if not noise:
-        vision.write_text(vision.read_text().replace("noise_multiplier = 0.05", ""))
+    if not noise:  # and so few users that not every node has one
+        vision.write_text(vision.read_text().replace("noise_multiplier = 0.05", "").replace("cohort = 9", "cohort = 3"))
     assert run(vision, tmp_path / "process") == 0
     assert not sent
     whole = left_by(tmp_path / "process")
