@@ -180,10 +180,15 @@ class RayGrid(Grid):
         return list(self.stream(messages, timeout=timeout))
 
     def stream(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
-        """Do as `send_and_receive`, but yield each reply as it comes, and hold none of them."""
+        """Do as `send_and_receive`, but return once they are sent, yield each reply as it comes, and hold none of them."""
         deadline = None if timeout is None else time.monotonic() + timeout
-        waiting = set(self.push_messages(messages))
+        replies = self._replies(set(self.push_messages(messages)), deadline)
+        next(replies)
+        return cast(Iterator[Message], replies)
+
+    def _replies(self, waiting: set[str], deadline: float | None) -> Iterator[Message | None]:
         try:
+            yield None  # from here on messages are forgotten with their iterator, also where no reply is ever taken
             while waiting:
                 left = None if deadline is None else max(0.0, deadline - time.monotonic())
                 landed = self._at_work.first(waiting, left)
@@ -193,7 +198,7 @@ class RayGrid(Grid):
                 del landed
                 if reply[0] is not None:
                     waiting.remove(reply[0].metadata.reply_to_message_id)
-                    yield cast(Message, reply.pop())
+                    yield reply.pop()
         finally:  # also on Ctrl-C
             if waiting and not self._closed:
                 self._at_work.forget(waiting)

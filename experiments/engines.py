@@ -119,9 +119,14 @@ class OnGrid:
         """The layout of the model."""
         return self.strategy.layout
 
-    def round(self) -> Outcome:
-        """Do one more round and return what it made."""
-        return self.strategy.round(self._grid)
+    @property
+    def ordered(self) -> bool:
+        """Whether nodes do messages in the order in which they are sent."""
+        return hasattr(self._grid, "stream")
+
+    def round(self, evaluated: Callable[[list[Counts]], None] | None = None) -> Outcome:
+        """Do one more round and return what it made; `evaluated`: as `Federated.round`."""
+        return self.strategy.round(self._grid, evaluated)
 
     def replay(self, released: Released) -> Outcome:
         """Take the server step of a round that was released before."""

@@ -6,12 +6,13 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from experiments.behind import Behind
 from experiments.curves import draw_curves
-from experiments.engines import Engine
+from experiments.engines import Engine, OnGrid
 from experiments.folder import CHECKPOINTS, STATES, RunFolder, read_metrics, stamp_of, withholds
 from experiments.live import Reporter
 from experiments.prepare import Prepared
@@ -24,8 +25,9 @@ from fedclip.config import Experiment
 from fedclip.method import noise_to_bound
 from fedclip.options import ConfigError
 from fedclip.process import peak_memory
-from fedclip.round import Released
+from fedclip.round import Outcome, Released
 from fedclip.storage import Storage
+from fedclip.tasks.base import Counts
 from fedclip.user_states import StatesInFolder
 from strategies.naming import run_digest
 
@@ -59,6 +61,9 @@ class Run:
         # A round's checkpoint is written while the next one trains, and is durable before anything of that one is. Not of central training,
         # which changes in place what is written, nor where users or their devices keep states that go by what is durable here.
         self._behind, self._beside = Behind(), engine.command == "run" and not prepared.method.stateful
+        # On Ray a round's model is evaluated ahead of the next round's training: its row is open until all workers have.
+        self._ahead = engine if self._beside and isinstance(engine, OnGrid) and engine.ordered else None
+        self._open: dict[str, Any] | None = None
         engine.keep = self._keep
         if engine.account is not None:
             engine.account.before_line = self.wait
@@ -82,18 +87,20 @@ class Run:
         try:
             return self._rounds(reporter)
         finally:
-            self.wait()
+            try:
+                if self._open is not None:
+                    self._end(self._open, reporter)
+            finally:
+                self.wait()
 
     def _rounds(self, reporter: Reporter) -> str:
-        experiment, private = self.prepared.experiment, self.prepared.method.private
-        while self.engine.state.round < experiment.run.rounds:
+        while self.engine.state.round < self.prepared.experiment.run.rounds:
             try:
-                row = self._round()
+                self._round(reporter)
             except BudgetSpent as spent:
                 reporter.say(str(spent))
                 return "budget spent"
-            reporter.round(row, self.seconds)
-            if self._in_doubt and not private:
+            if self._gives_up:
                 break
         return "too many users failed" if self._in_doubt else "done"
 
@@ -101,6 +108,10 @@ class Run:
     def _in_doubt(self) -> bool:
         """Whether so many users failed. Real devices say so themselves, or send what cannot be read: that must not end the others' run."""
         return self.progress.too_many_failed and self.prepared.experiment.deployment is None
+
+    @property
+    def _gives_up(self) -> bool:
+        return self._in_doubt and not self.prepared.method.private
 
     def _begin(self) -> None:
         if self.prepared.initial is not None:
@@ -133,13 +144,9 @@ class Run:
         if "remembered" in point.notes:
             engine.remembered = point.notes["remembered"]  # type: ignore[attr-defined]
 
-    def _round(self) -> dict[str, Any]:
-        start, engine = time.perf_counter(), self.engine
-        if engine.account is not None and self._pending is None:
-            engine.account.foresee()
-        replayed, outcome = self._pending is not None, engine.round() if self._pending is None else engine.replay(self._pending)
-        self._pending = None
-        seconds = time.perf_counter() - start
+    def _round(self, reporter: Reporter) -> None:
+        engine, experiment = self.engine, self.prepared.experiment
+        replayed, (outcome, seconds) = self._pending is not None, self._outcome(reporter)
         row = row_of(outcome.tally, outcome.state.round, outcome.attempt, seconds, public=self._withholds)
         if not (replayed or self._withholds):  # the times of the users are of another round then
             row |= times_of(outcome.tally, seconds, engine.workers)
@@ -147,12 +154,40 @@ class Run:
             row |= {"epsilon": engine.account.spent().epsilon, "delta": engine.account.delta}
         if not self._withholds:  # nor may the end of the run, or what it says, follow from who failed
             self.progress.add(outcome)
+        if not _is_due(row["round"], experiment):
+            self._end(row, reporter)
+        elif self._ahead is None or row["round"] == experiment.run.rounds or self._gives_up:
+            self._end(row, reporter, self._evaluated)
+        else:
+            self._open = row
+
+    def _outcome(self, reporter: Reporter) -> tuple[Outcome, float]:
+        """Do one more round, and end the one before once its model is evaluated; return what it made, and its seconds since then."""
+        start, engine, released = time.perf_counter(), self.engine, self._pending
+        self._pending = None
+        if engine.account is not None and released is None:
+            engine.account.foresee()
+
+        def evaluated(row: dict[str, Any], counts: list[Counts]) -> None:
+            nonlocal start
+            start, self._open = time.perf_counter(), None
+            self._end(row, reporter, lambda: self._measured(counts))
+
+        if released is not None:
+            outcome = engine.replay(released)
+        elif self._ahead is not None and self._open is not None:
+            outcome = self._ahead.round(partial(evaluated, self._open))
+        else:
+            outcome = engine.round()
+        return outcome, time.perf_counter() - start
+
+    def _end(self, row: dict[str, Any], reporter: Reporter, evaluate: Callable[[], dict[str, float]] | None = None) -> None:
+        """Evaluate the model of a round that is done, where it is due, and keep and show the round."""
+        engine = self.engine
         try:
-            if _is_due(row["round"], self.prepared.experiment):
-                measured = self._evaluated()
+            if evaluate is not None:
+                measured = evaluate()
                 row |= measured | {"evaluated_round": row["round"]}
-                if engine.account is not None:  # which the evaluation may have charged
-                    row |= {"epsilon": engine.account.spent().epsilon}
                 self.folder.save_model(engine.state.params, engine.layout, engine.state.round)
                 if self.progress.judge(measured, row["round"]):
                     self.folder.save_model(engine.state.params, engine.layout, engine.state.round, "best")
@@ -160,14 +195,17 @@ class Run:
             self.progress.metrics |= {k: v for k, v in row.items() if isinstance(v, float | int)}
             self._save(self.folder.record(row), self._beside)
             self.folder.beat(row["round"], "running", self.seconds)
-        return row
+        reporter.round(row, self.seconds)
 
     def _evaluated(self) -> dict[str, float]:
         """Return the metrics of the model, which real devices may measure themselves."""
         measure: Callable[[], dict[str, float]] | None = getattr(self.engine, "measure", None)
-        if measure is not None:
-            return measure()
-        counts = self.engine.evaluate_units()
+        if measure is None:
+            return self._measured(self.engine.evaluate_units())
+        account = self.engine.account
+        return measure() | ({"epsilon": account.spent().epsilon} if account is not None else {})  # which it may have charged
+
+    def _measured(self, counts: list[Counts]) -> dict[str, float]:
         self.folder.save_speakers(speaker_rows(counts))
         return self.prepared.task.summarise(counts, 0)
 

@@ -94,7 +94,7 @@ class Federated(Strategy):
         self._states = str(states.absolute() if isinstance(states, Path) else states) if method.stateful else ""
         self.watch: Callable[[int, int, float], None] | None = None
         self._plan: Plan | None = None
-        self._sent = 0
+        self._sent = dict[str, int]()  # by type of message
         self._dealt: dict[int, list[Block]] = {}
         self._foreseen: Dealt | None = None
         self._reads = False  # whether reading users' data takes time
@@ -165,7 +165,7 @@ class Federated(Strategy):
         self.state, self._plan = self.outcome.state, None
         return self.outcome
 
-    def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
+    def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> list[Message]:
         """Return a message for each node with held-out units to evaluate."""
         nodes = list(grid.get_node_ids())
         shares = {node: range(self.task.held_out_units)[i :: len(nodes)] for i, node in enumerate(nodes)}
@@ -185,14 +185,29 @@ class Federated(Strategy):
         log(INFO, "\t├──> Method: %s", self.method)
         log(INFO, "\t└──> Model: %d parameters in %d tensors", self.layout.size, len(self.layout.names))
 
-    def round(self, grid: Grid) -> Outcome:
+    def round(self, grid: Grid, evaluated: Callable[[list[Counts]], None] | None = None) -> Outcome:
         """Do one more round on the nodes of a grid and return what it made.
 
         Replies are added as they come, in any order, and each is let go before the next: memory does not grow with the number of nodes.
+
+        Args:
+            grid: the nodes.
+            evaluated: is given what `evaluate_units` would return before the round: nodes evaluate first, and go on to training without
+                waiting for each other or for it. It is called before anything is taken of the training, also where that cannot begin.
+                None: nothing is evaluated.
+
+        Raises:
+            WorkerError: a node replied with an error, or not at all.
         """
-        out = self._requests(grid)
-        sizes = [(message.metadata, len(self._dealt[message.metadata.dst_node_id])) for message in out]  # ids come when they are sent
-        outcome = self._finished(exchange(grid, out))
+        counted = self._evaluation(grid) if evaluated is not None else iter(())
+        try:
+            out = self._requests(grid)
+            sizes = [(message.metadata, len(self._dealt[message.metadata.dst_node_id])) for message in out]  # ids come when they are sent
+            replies = exchange(grid, out)
+        finally:
+            if evaluated is not None:
+                evaluated(self._counts(counted))
+        outcome = self._finished(replies)
         faults = faults_of(grid, {meta.message_id: blocks for meta, blocks in sizes})
         self.outcome = dataclasses.replace(outcome, tally=outcome.tally | faults)
         return self.outcome
@@ -209,18 +224,21 @@ class Federated(Strategy):
         Raises:
             WorkerError: a node replied with an error, or not at all.
         """
-        messages_out = self.configure_evaluate(self.state.round, self.arrays(), ConfigRecord(), grid)
-        return self._counts(exchange(grid, list(messages_out)))
+        return self._counts(self._evaluation(grid))
+
+    def _evaluation(self, grid: Grid) -> Iterator[Message]:
+        return exchange(grid, self.configure_evaluate(self.state.round, self.arrays(), ConfigRecord(), grid))
 
     def _counts(self, replies: Iterable[Message]) -> list[Counts]:
-        counts = dict(pair for reply in self._checked(replies) for pair in messages.read_evaluate_reply(reply.content))
+        checked = self._checked(MessageType.EVALUATE, replies)
+        counts = dict(pair for reply in checked for pair in messages.read_evaluate_reply(reply.content))
         return [counts[unit] for unit in sorted(counts)]
 
     def _address(self, contents: dict[int, RecordDict], kind: str, server_round: int, grid: Grid) -> list[Message]:
-        self._sent = len(contents)
+        self._sent[kind] = len(contents)
         return [grid.create_message(content, kind, node, str(server_round)) for node, content in contents.items()]
 
-    def _checked(self, replies: Iterable[Message]) -> Iterator[Message]:
+    def _checked(self, kind: str, replies: Iterable[Message]) -> Iterator[Message]:
         arrived = 0
         for reply in replies:
             if reply.has_error():
@@ -229,15 +247,15 @@ class Federated(Strategy):
             arrived += 1
             yield reply
             del reply  # before the next comes
-        if arrived != self._sent:
-            raise WorkerError(f"Expected {self._sent} replies, got {arrived}; a node is gone or did not answer in time.")
+        if arrived != self._sent[kind]:
+            raise WorkerError(f"Expected {self._sent[kind]} replies, got {arrived}; a node is gone or did not answer in time.")
 
     def _partials(self, replies: Iterable[Message], plan: Plan) -> Iterator[Partial]:
         if self._reply == "sums":
-            yield from map(self._sum, self._checked(replies))
+            yield from map(self._sum, self._checked(MessageType.TRAIN, replies))
             return
         collector = Collector(plan.spec, self.layout)
-        for reply in self._checked(replies):
+        for reply in self._checked(MessageType.TRAIN, replies):
             contributions = messages.read_updates_reply(reply.content)
             for block, contribution in contributions:
                 collector.take(block, contribution)
@@ -269,11 +287,12 @@ MEASURED = ("users", "failed_users", "read_seconds", *SECONDS)
 
 
 def exchange(grid: Grid, out: list[Message]) -> Iterator[Message]:
-    """Send messages and yield the replies as they come, without holding any."""
-    if hasattr(grid, "stream"):
-        yield from grid.stream(out)
-        return
-    waiting = set(grid.push_messages(out))
+    """Send messages and return an iterator over the replies, which yields them as they come, without holding any."""
+    replies: Iterator[Message] = grid.stream(out) if hasattr(grid, "stream") else _pulled(grid, set(grid.push_messages(out)))
+    return replies
+
+
+def _pulled(grid: Grid, waiting: set[str]) -> Iterator[Message]:
     while waiting:
         arrived = list(grid.pull_messages(waiting))
         waiting -= {reply.metadata.reply_to_message_id for reply in arrived}

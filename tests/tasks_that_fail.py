@@ -1,4 +1,4 @@
-"""The digits, with workers that die or hang in the middle of a user: once for each file that a test lays down."""
+"""The digits, with workers that die, hang or raise in the middle of a user or an evaluation: once for each file that a test lays down."""
 
 import os
 import signal
@@ -10,10 +10,11 @@ from fedclip.tasks.vision import build_vision
 from fedclip.tasks.vision_options import VisionOptions
 
 DIE, HANG = "die", "hang"
+DIE_EVALUATING, RAISE_EVALUATING = "die-evaluating", "raise-evaluating"
 
 
 class Failing:
-    """Before a user is loaded, a worker looks for a file `die` or `hang` in a folder, takes it away, and obeys."""
+    """Before a user is loaded or a unit evaluated, a worker looks for a file of such a name in a folder, takes it away, and obeys."""
 
     def __init__(self, task: Any, folder: Path) -> None:
         self._task, self._folder = task, folder
@@ -27,6 +28,13 @@ class Failing:
         if self._told(HANG):
             time.sleep(1e6)
         return self._task.load_user(user, rng)
+
+    def evaluate(self, model: Any, unit: int) -> Any:
+        if self._told(DIE_EVALUATING):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self._told(RAISE_EVALUATING):
+            raise ValueError("no such unit")
+        return self._task.evaluate(model, unit)
 
     def _told(self, name: str) -> bool:
         try:

@@ -185,9 +185,12 @@ def test_replies_stream_one_by_one_and_stay_on_the_cluster_till_then(grid):
     assert not grid._dispatcher._landed
 
 
-def test_a_stream_that_is_left_forgets_what_it_waited_for(grid):
+@pytest.mark.parametrize("taken", [0, 1])
+def test_a_stream_that_is_left_forgets_what_it_waited_for(grid, taken):
     stream = grid.stream(ask(grid, "sleep", seconds=0.1))
-    next(stream)
+    assert len(grid._dispatcher._awaited | set(grid._dispatcher._landed)) == 4, "sent at once"
+    for _ in range(taken):
+        next(stream)
     stream.close()
     assert not grid._dispatcher._awaited
     assert not grid._dispatcher._landed

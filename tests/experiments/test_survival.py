@@ -6,14 +6,16 @@ import os
 import shutil
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from experiments.engines import secret_of
-from experiments.folder import CHECKPOINTS, LEDGER, STATES
+from clients.ray_grid import RayGrid
+from experiments.engines import OnGrid, secret_of
+from experiments.folder import CHECKPOINTS, LEDGER, STATES, read_metrics
 from experiments.live import Reporter
 from experiments.prepare import Prepared, prepare, read_experiment
 from experiments.run import Run
@@ -32,7 +34,7 @@ Z, DELTA = 1.0, 1e-5
 EXPERIMENT = """
 [run]
 rounds = 3
-engine = "process"
+engine = "ENGINE"
 
 [task]
 name = "vision"
@@ -57,25 +59,52 @@ noise_multiplier = 1.0
 delta = 1e-5
 
 [evaluation]
-every = 0
+every = EVERY
 """
 
 
 INNER = '{ "tests.stages_of_tests:TopK" = { k = 50 } }'
-CHAINS = {"remembers": f"{{ with_error_feedback = {{ inner = {INNER} }} }}", "forgets": INNER}
+KINDS = {
+    "remembers": {"INNER": f"{{ with_error_feedback = {{ inner = {INNER} }} }}"},
+    "forgets": {},
+    "evaluates": {"ENGINE": "ray", "EVERY": "1"},
+}
+NODES = list[RayGrid]()
+"""Of the runs on Ray."""
 
 
-@pytest.fixture(scope="module", params=CHAINS)
-def prepared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Prepared:
-    """Return a run with noise, adaptive bounds and a chain that remembers its users; or not, so that checkpoints are written beside."""
+def experiment_of(kind: str) -> str:
+    text = EXPERIMENT
+    for name, value in ({"INNER": INNER, "ENGINE": "process", "EVERY": "0"} | KINDS[kind]).items():
+        text = text.replace(name, value)
+    return text
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def prepared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prepared]:
+    """Give a run with noise and adaptive bounds.
+
+    Its chain remembers its users; or not, so that checkpoints are written beside; or rounds end beside the next one, too, after nodes
+    have evaluated their model.
+    """
     file = tmp_path_factory.mktemp("experiment") / "run.toml"
-    file.write_text(EXPERIMENT.replace("INNER", CHAINS[request.param]))
-    return prepare(read_experiment(file, []))
+    file.write_text(experiment_of(request.param))
+    prepared = prepare(read_experiment(file, []))
+    if prepared.experiment.run.engine == "process":
+        yield prepared
+        return
+    request.getfixturevalue("ray_session")
+    with RayGrid("clients.app:app", nodes=None, workers=2) as grid:
+        NODES.append(grid)
+        yield prepared
+        NODES.clear()
 
 
 def run_of(prepared: Prepared, path: Path, storage: Storage | None = None, *, resume: bool = False) -> Run:
     method, storage = prepared.method, storage or Storage()
     account = Account(method.sampler, Z, DELTA, path=path / LEDGER, storage=storage)
+    if prepared.experiment.run.engine == "ray":
+        return Run(prepared, OnGrid(prepared, NODES[0], account), path, resume=resume, storage=storage)
     states = StatesInFolder(path / STATES, storage)
     names = (secret_of(prepared), run_digest(prepared.experiment))
     engine = InProcess(method, prepared.task, *names, account=account, states=states)
@@ -100,6 +129,10 @@ def test_a_closed_run_leaves_no_writer_behind(prepared: Prepared, tmp_path: Path
 def states_of(path: Path) -> dict[str, str]:
     files = (path / STATES).rglob("*.state")
     return {str(f.relative_to(path)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+
+
+def evaluated(path: Path) -> list[tuple[int, float | None]]:
+    return [(row["round"], row.get("accuracy")) for row in read_metrics(path)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,6 +194,7 @@ def check_crash(whole: Uninterrupted, prepared: Prepared, operations: int, way: 
         assert torch.equal(params, whole.params), where
         assert len(ledger) == ROUNDS, where
         assert states_of(path) == states_of(whole.path), where
+        assert evaluated(path) == evaluated(whole.path), where
     else:
         assert not torch.equal(params, whole.params), where
         assert sorted((c.round, c.attempt) for c in ledger) == sorted(
@@ -228,7 +262,7 @@ class Held(Recorder):
 @pytest.fixture(params=["noise", "no noise"])
 def forgetful(request: pytest.FixtureRequest, tmp_path: Path) -> Prepared:
     """Return a run that keeps no states of users, with noise and without."""
-    text = EXPERIMENT.replace("INNER", CHAINS["forgets"])
+    text = experiment_of("forgets")
     if request.param == "no noise":
         text = text.replace("adaptive = { bits_noise = 0.5 }", "").replace("noise_multiplier = 1.0\ndelta = 1e-5", "")
     (tmp_path / "run.toml").write_text(text)

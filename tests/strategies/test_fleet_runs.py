@@ -94,10 +94,10 @@ def test_a_run_on_devices_is_gone_on_with_where_it_stopped(devices: list[Device]
         path.mkdir()
         site.fleet.account = account_of(site.prepared, path)
         run = Run(site.prepared, site.fleet, path)
-        run.folder.record(run._round())
+        run._round(reporter)
         site.fleet._done = crash  # after the release of the second round, before its checkpoint
         with pytest.raises(CrashError):
-            run._round()
+            run._round(reporter)
         run.folder.close()
         again = make(devices, tmp_path, "run.rounds=3")
         again.fleet.account = account_of(again.prepared, path)
