@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
+from pickle import PickleBuffer
 from typing import Any, cast
 
 import ray
@@ -163,9 +164,14 @@ def worker_starter(app: str | ClientCallable, run_config: UserConfig, nodes: int
 
 
 def register_arrays() -> None:
-    """Let this process pickle Flower arrays whose `object_id` was computed: those hold memory views, which don't pickle."""
+    """Let this process send Flower arrays, their data beside the pickle, which would copy them once more on either side.
+
+    Those whose `object_id` was computed hold memory views, which don't pickle.
+    """
     ray.util.register_serializer(
-        Array, serializer=lambda array: (array.dtype, array.shape, array.stype, array.data), deserializer=lambda fields: Array(*fields)
+        Array,
+        serializer=lambda array: (array.dtype, array.shape, array.stype, PickleBuffer(array.data)),
+        deserializer=lambda fields: Array(*fields[:-1], bytes(fields[-1])),
     )
 
 
