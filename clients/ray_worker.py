@@ -171,7 +171,7 @@ def register_arrays() -> None:
     ray.util.register_serializer(
         Array,
         serializer=lambda array: (array.dtype, array.shape, array.stype, PickleBuffer(array.data)),
-        deserializer=lambda fields: Array(*fields[:-1], bytes(fields[-1])),
+        deserializer=lambda fields: Array(fields[0], fields[1], fields[2], bytes(fields[3])),
     )
 
 
