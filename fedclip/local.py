@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import nn
 
 from fedclip.choices import Arithmetic, LocalOptimizer
 from fedclip.inplace import InPlace, clip_factor
@@ -137,7 +136,7 @@ class LocalSGD:
         while True:
             replica.clear_gradients()
             factor = 1.0 if scale is None else scale.factor
-            losses = [self._backward(replica.model, task, batch, factor) for batch in group]
+            losses = [self._backward(replica, task, batch, factor) for batch in group]
             if len(group) > 1 or factor != 1.0:
                 replica.grads.mul_(1.0 / (len(group) * factor))
             if scale is None or scale.took(bool(torch.isfinite(torch.linalg.vector_norm(replica.grads)))):
@@ -146,16 +145,16 @@ class LocalSGD:
                 scale.factor = begun
                 return losses, False
 
-    def _backward(self, model: nn.Module, task: Task, batch: Any, factor: float) -> torch.Tensor:
+    def _backward(self, replica: Replica, task: Task, batch: Any, factor: float) -> torch.Tensor:
         """Add the gradient of a batch times a factor to the gradients, and return its loss, shape ()."""
-        device = next(model.parameters()).device.type
+        device = replica.params.device.type
         total = None
         for piece, part in pieces(task, batch, self.micro_batch):
             cast = nullcontext() if self.precision == "float32" else torch.autocast(device, getattr(torch, self.precision))
             with cast:
-                loss = task.loss(model, piece)
+                loss = task.loss(replica.model, piece)
             loss = loss if part == 1.0 else loss * part
-            (loss if factor == 1.0 else loss * factor).backward()  # type: ignore[no-untyped-call]
+            replica.backward(loss if factor == 1.0 else loss * factor)
             total = loss.detach() if total is None else total + loss.detach()
         return torch.zeros((), device=device) if total is None else total
 

@@ -1,9 +1,13 @@
 """`Replica`: parameters and gradients are views of two flat buffers, and a reset forgets a user."""
 
+import math
+
+import pytest
 import torch
 from torch import nn
 
-from fedclip.replica import Replica
+from fedclip import replica as module
+from fedclip.replica import WORTH_TURNING, Replica
 
 
 def model():
@@ -86,3 +90,38 @@ def test_channels_last_is_another_order_inside_and_none_outside():
     turned.params.add_(1)
     assert torch.equal(turned.values(), start + 1)
     assert torch.equal(turned.taken(), start + 1)
+
+
+POOLINGS = [nn.MaxPool2d(3, 2), nn.AvgPool2d(3, 2), nn.AdaptiveMaxPool2d(5)]
+
+
+@pytest.mark.parametrize("pooling", POOLINGS, ids=lambda pooling: type(pooling).__name__)
+@pytest.mark.parametrize("batch", [4, 1])
+def test_gradients_that_come_to_the_last_pooling_are_turned_and_keep_their_bits(pooling, batch, monkeypatch):
+    def gradients(size: int) -> torch.Tensor:
+        torch.manual_seed(0)
+        layers = nn.Conv2d(1, 8, 3), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3), nn.ReLU(), pooling, nn.Flatten(), nn.LazyLinear(3)
+        model, x = nn.Sequential(*layers), torch.rand(batch, 1, size, size)
+        model(x)
+        replica = Replica(model, channels_last=True)
+        for _ in range(2):
+            replica.backward(replica.model(x).square().sum())
+        return replica.ordered(replica.grads)
+
+    turned, turn = list[torch.Size](), module._channels_last
+    monkeypatch.setattr(module, "_channels_last", lambda gradients: turned.append(gradients[0].shape) or turn(gradients))
+    for size in (14, 2 * math.isqrt(WORTH_TURNING // (8 * batch)) + 8):
+        turned.clear()
+        of = gradients(size)
+        assert len(turned) == (0 if size == 14 else 2)  # in each step, of the last pooling alone, where it is worth it
+        with monkeypatch.context() as without:
+            without.setattr(module, "POOLINGS", ())
+            assert torch.equal(gradients(size), of)
+
+
+def test_a_model_without_poolings_is_looked_through_once(monkeypatch):
+    replica, looks, look = Replica(Images(), channels_last=True), [], module._keep_channels_last
+    monkeypatch.setattr(module, "_keep_channels_last", lambda loss: looks.append(look(loss)) or looks[-1])
+    for _ in range(3):
+        replica.backward(replica.params.sum() + sum(p.sum() for p in replica.model.parameters()))
+    assert looks == [False]
