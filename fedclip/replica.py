@@ -11,7 +11,8 @@ from fedclip.tasks.base import Task
 
 POOLINGS = {"MaxPool2DWithIndicesBackward0", "AvgPool2DBackward0", "AdaptiveMaxPool2DBackward0"}
 CONVOLUTION = "ConvolutionBackward0"
-"""What autograd calls the backward passes of poolings that have the same bits either way, and of convolutions, whose own gradients lie channels last again."""
+"""What autograd calls the backward passes of poolings that have the same bits either way, and of convolutions, whose own gradients lie
+channels last again."""
 
 WORTH_TURNING = 1 << 16
 """Values that a pooling pooled, from which on turning the gradient that comes to it takes less time than it saves."""
