@@ -1,4 +1,4 @@
-"""`fedclip bench engine`: users a second beside a bare PyTorch loop and other simulators, which take turns round by round."""
+"""`fedclip bench engine`: users a second beside a bare PyTorch loop and other simulators, which take turns."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from fedclip.options import ConfigError
 COHORTS = {"mlp": 1000, "cnn200k": 200, "cnn1m2": 100, "asr": 10}
 """Users of a round by default, by model: a few seconds of work."""
 
-WARM_UP, RESAMPLES = 1, 10_000
+ROUNDS_A_TURN, RESAMPLES = 4, 10_000
 
 STAGES = {
     "load": ("load_seconds", True),
@@ -71,8 +71,8 @@ class Times:
 
     @classmethod
     def of(cls, answers: Sequence[Mapping[str, Any]]) -> "Times":
-        """Return what its answers say, without those of warm-up rounds."""
-        return cls(tuple(a["users"] / a["seconds"] for a in answers[WARM_UP:]))
+        """Return what its answers say."""
+        return cls(tuple(a["users"] / a["seconds"] for a in answers))
 
     @property
     def median(self) -> float:
@@ -89,7 +89,7 @@ class Times:
 
 
 def race(setting: Setting, rounds: int, peers: Sequence[str], pfl_python: str) -> tuple[dict[str, Contestant], list[str]]:
-    """Time rounds of fedclip and its peers in turns; return the contestants that there are, and which are not installed.
+    """Time rounds of fedclip and its peers in turns of a few; return the contestants that there are, and which are not installed.
 
     Who begins goes round, so that nobody always follows the same other.
 
@@ -106,9 +106,9 @@ def race(setting: Setting, rounds: int, peers: Sequence[str], pfl_python: str) -
             command = [python, "-m", f"experiments.contestants.{kind.module}", *setting.arguments(), *kind.options]
             there[name] = stack.enter_context(Contestant(name, command, setting, Path(folder)))
         order = list(there.values())
-        for _ in range(WARM_UP + rounds):
+        for begun in range(0, rounds, ROUNDS_A_TURN):
             for contestant in order:
-                contestant.turn()
+                contestant.turn(min(ROUNDS_A_TURN, rounds - begun))
             order = order[1:] + order[:1]
     return there, [name for name in peers if name not in there]
 
@@ -130,10 +130,9 @@ def peers_of(text: str | None, setting: Setting) -> list[str]:
 
 def parts_of(answers: Sequence[Mapping[str, Any]], workers: int) -> dict[str, float]:
     """Return which part of the rounds' time each stage took; what workers do at a time counts once."""
-    timed = answers[WARM_UP:]
-    total = sum(a["seconds"] for a in timed)
+    total = sum(a["seconds"] for a in answers)
     return {
-        stage: sum(a["stages"][key] for a in timed) / total / (workers if at_a_time else 1) for stage, (key, at_a_time) in STAGES.items()
+        stage: sum(a["stages"][key] for a in answers) / total / (workers if at_a_time else 1) for stage, (key, at_a_time) in STAGES.items()
     }
 
 
@@ -181,8 +180,7 @@ def _figures(contestant: Contestant, ours: Times) -> dict[str, Any]:
     times = Times.of(contestant.answers)
     low, high = np.quantile(times.rates, [0.25, 0.75])
     figures = {"users_per_second": times.median, "low": float(low), "high": float(high), "rates": list(times.rates)}
-    timed = contestant.answers[WARM_UP:]
-    users, cpu_seconds = (sum(a[key] for a in timed) for key in ("users", "cpu_seconds"))
+    users, cpu_seconds = (sum(a[key] for a in contestant.answers) for key in ("users", "cpu_seconds"))
     figures |= {"users": users, "users_per_cpu_second": users / cpu_seconds}
     if contestant.name != "fedclip":
         figures |= dict(zip(("ratio", "ratio_low", "ratio_high"), ours.ratio(times), strict=True))

@@ -40,7 +40,7 @@ class Setting:
 
 
 class Contestant:
-    """A process that does one round whenever it is asked to, and is stopped while others have their turn, with all that it started.
+    """A process that does rounds when it is asked to, and is stopped while others have their turn, with all that it started.
 
     Args:
         name: what the table calls it.
@@ -64,19 +64,23 @@ class Contestant:
         self.answers: list[dict[str, Any]] = []
         self._signal(signal.SIGSTOP)
 
-    def turn(self) -> None:
-        """Have it do a round.
+    def turn(self, rounds: int) -> None:
+        """Have it do a round that does not count, as what waited in its processes is done first, and then some that do.
 
         Raises:
             ConfigError: it has ended.
         """
-        pipe, before = self._process.stdin, session_seconds(self._process.pid)
         self._signal(signal.SIGCONT)
+        self._round()
+        self.answers += [self._round() for _ in range(rounds)]
+        self._signal(signal.SIGSTOP)
+
+    def _round(self) -> dict[str, Any]:
+        pipe, before = self._process.stdin, session_seconds(self._process.pid)
         if pipe is not None:
             print(file=pipe, flush=True)
         answer = self._answer()
-        self._signal(signal.SIGSTOP)
-        self.answers.append(answer | {"cpu_seconds": session_seconds(self._process.pid) - before})
+        return answer | {"cpu_seconds": session_seconds(self._process.pid) - before}
 
     def _signal(self, which: signal.Signals) -> None:
         """Stop all processes of the contestant, or let them go on: what some of them do while they wait would slow the others down."""
