@@ -11,7 +11,7 @@ import torch
 
 from fedclip.choices import Grouping
 from fedclip.layout import Layout
-from fedclip.update import Dense, Update, add, subtract, values_of, zeros
+from fedclip.update import Dense, Update, add, subtract, unmeasured, values_of, zeros
 
 State = Any
 """A transform's state: None, a tensor, or a tuple of states. A state is never changed in place."""
@@ -188,8 +188,9 @@ class Chain(Transform):
         """Apply each stage to what the one before let out; measurements of one name, and clip bits, keep the last."""
         states, measured, bits = [], dict[str, float | tuple[float, ...]](), tuple[bool, ...]()
         for stage, before in zip(self.stages, state, strict=True):
-            step = stage.apply(update, before, ctx)
-            update = step.update
+            # What was measured of an update is for clips alone: another stage may hand it on though it has changed the values.
+            step = stage.apply(update if stage.guard is stage else unmeasured(update), before, ctx)
+            update = unmeasured(step.update)
             states.append(step.state)
             measured.update(step.measurements)
             bits = step.clip_bits or bits

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -66,12 +66,12 @@ class Dense:
         vector: float32, shape (d,).
         grid: where the values lie, None for any float32 numbers.
         energies: the sum of the squares of each whole row of `ROW` coordinates, as float32 arithmetic rounds it, float32, shape
-            (d // ROW,); None where nobody has summed them.
+            (d // ROW,), where `difference` has summed them. In a chain they go no further than a clip at its beginning.
     """
 
     vector: torch.Tensor
     grid: Grid | None = None
-    energies: np.ndarray | None = None
+    energies: np.ndarray | None = field(default=None, init=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,7 +174,14 @@ def difference(before: torch.Tensor, after: torch.Tensor) -> Dense:
             part = result[start : start + SPAN]
             np.subtract(minuend[start : start + SPAN], part, out=part)
             _sum_rows(part, energies[start // ROW : (start + SPAN) // ROW])
-    return Dense(after, energies=energies)
+    update = Dense(after)
+    object.__setattr__(update, "energies", energies)
+    return update
+
+
+def unmeasured(update: Update) -> Update:
+    """Return an update without energies, for whoever cannot know that they are still those of its vector; the same object without."""
+    return Dense(update.vector, update.grid) if isinstance(update, Dense) and update.energies is not None else update
 
 
 def _sum_rows(values: np.ndarray, energies: np.ndarray) -> np.ndarray:

@@ -1,7 +1,8 @@
 """Chains, error feedback, and how a bound is derived."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from fedclip.clipping import ClipByGlobalNorm, ClipPerLayer
 from fedclip.dgc import DGC
 from fedclip.sparsify import RandomK
 from fedclip.transform import UNBOUNDED, Bound, Chain, Step, Transform, chain, with_error_feedback
-from fedclip.update import Dense, norm, to_dense
+from fedclip.update import Dense, difference, is_finite, norm, to_dense
 from tests.stages_of_tests import Amplify, Round, TopK
 from tests.strategies_of_data import context, flat
 
@@ -130,3 +131,38 @@ class Gone(Transform):
 
     def bound(self, incoming, layout):
         return incoming
+
+
+@dataclass(frozen=True)
+class Changed(Transform):
+    """A stage of one's own that changes values by a function, in one of the ways in which that can be written."""
+
+    change: Callable[[Dense], Dense]
+
+    def apply(self, update, state, ctx):
+        return Step(self.change(update))
+
+    def bound(self, incoming, layout):
+        return UNBOUNDED
+
+
+CHANGES = {
+    "replaced": lambda update: replace(update, vector=update.vector * 100),
+    "in place": lambda update: update.vector.mul_(100) is not None and update,
+    "not finite": lambda update: replace(update, vector=torch.log(-update.vector.abs())),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("clip", [ClipByGlobalNorm(1.0), ClipPerLayer(1.0), ClipPerLayer(1.0, mode="normalize")])
+@pytest.mark.parametrize("clipped_before", [False, True])
+def test_what_was_measured_of_an_update_is_never_taken_for_that_of_another(change, clip, clipped_before):
+    layout = flat(1000, 24)
+    update = difference(torch.zeros(1024), torch.full((1024,), 1e-2))
+    assert update.energies is not None
+    stages = chain(*([ClipByGlobalNorm(9.0)] if clipped_before else []), Changed(change), clip)
+    clipped = stages.apply(update, stages.init(layout), context(layout)).update
+    if change is CHANGES["not finite"]:
+        assert not is_finite(clipped)
+    else:
+        assert norm(clipped) == pytest.approx(1.0, rel=2e-5)
