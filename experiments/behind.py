@@ -9,7 +9,7 @@ class Behind:
 
     def __init__(self) -> None:
         self._begun: tuple[threading.Thread, Callable[[], None], threading.Event] | None = None
-        self._error: BaseException | None = None
+        self._error: Exception | None = None
 
     def start(self, call: Callable[[], None]) -> None:
         """Begin a thing, once the one before is done. Where that is interrupted, `wait` does it."""
@@ -21,10 +21,12 @@ class Behind:
                 return
             try:
                 call()
-            except BaseException as error:  # noqa: BLE001  whoever waits has to know, whatever it is
+            except Exception as error:  # noqa: BLE001  whoever waits has to know, whatever it is
                 self._error = error
-            finally:
-                done.set()
+            except BaseException:
+                claim.release()  # whoever waits the next time does it
+                raise
+            done.set()
 
         thread = threading.Thread(target=work, name="fedclip-behind")
         self._begun = thread, work, done

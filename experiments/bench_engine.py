@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import statistics
 import sys
 import tempfile
@@ -137,13 +138,15 @@ def parts_of(answers: Sequence[Mapping[str, Any]], workers: int) -> dict[str, fl
 
 
 def engine_command(setting: Setting, rounds: int, peers: str | None, pfl_python: str, as_json: bool) -> int:
-    """Time the engine beside its peers, print users a second and ratios, and return the exit status.
+    """Time the engine beside its peers, print users a second and ratios, and return the exit status. SIGTERM ends it in order.
 
     Raises:
         ConfigError: a number or a name out of range, or a contestant ended.
     """
     if not 1 <= setting.cohort <= setting.population:
         raise ConfigError(f"--cohort: expected 1 to {setting.population}, the population, got {setting.cohort}.")
+    for number in (signal.SIGTERM, signal.SIGHUP):  # else contestants that wait would be left behind, stopped
+        signal.signal(number, signal.default_int_handler)
     names, before = peers_of(peers, setting), os.getloadavg()[0]
     there, missing = race(setting, rounds, names, pfl_python)
     said = {name: len({c.described[name] for c in there.values()}) for name in ("parameters", "torch")}

@@ -1,6 +1,6 @@
 """`Replica`: a model whose trainable parameters, and their gradients, are views into two flat buffers."""
 
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -167,6 +167,9 @@ def _keep_channels_last(loss: torch.Tensor) -> bool:
             continue
         seen.add(node)
         if node.name() in POOLINGS:
+            saved: Any = getattr(node, "_raw_saved_self", None)
+            if getattr(saved, "unpack_hook", saved) is not None:
+                continue  # where activations are made again when they are needed, asking for one is asking for that
             pooled: torch.Tensor = node._saved_self  # type: ignore[attr-defined]  # of these nodes alone
             if pooled.numel() >= WORTH_TURNING and pooled.is_contiguous(memory_format=torch.channels_last):
                 node.register_prehook(_channels_last)

@@ -38,6 +38,9 @@ from fedclip.wire import pack_support, support_of
 BLOCKS_A_COHORT = 256
 """A cohort is dealt in about so many blocks: enough to share them out evenly, few enough to deal quickly."""
 
+LONGER_AT_HOME = 1.1
+"""So many times as long a round may be predicted to take where users are trained where their states are."""
+
 ASKED_A_BLOCK = 64
 """The cost of so many users of a block is asked for at most, so that what dealing takes does not grow with the cohort."""
 
@@ -157,7 +160,7 @@ def deal(
 ) -> list[list[Block]]:
     """Share blocks out over workers, the longest first to whoever would be done with it first, by the task's predicted costs.
 
-    With `machines`, first of all to those where its shard is at home, as long as all could be done at once with that.
+    With `machines`, first of all to those where its shard is at home, where that takes about as long.
 
     Args:
         blocks: the blocks.
@@ -166,28 +169,39 @@ def deal(
         speeds: cost that each worker does in a second, over 0; None: all do the same. How blocks are dealt changes no bit of their sum.
         machines: where each worker is, where blocks are of one shard each; None: it does not matter.
     """
-    loads, shares = [0.0] * workers, [list[Block]() for _ in range(workers)]
-    costs = cost_of(blocks, task)
-    pace = speeds or [1.0] * workers
+    costs, pace = cost_of(blocks, task), speeds or [1.0] * workers
+    to_the_first, longest = _dealt(blocks, costs, pace)
+    if machines is None:
+        return to_the_first
+    home = homes(machines)
+    to_homes, takes = _dealt(blocks, costs, pace, lambda worker, block: machines[worker] != home[shard_of(block[1][0])])
+    return to_homes if takes <= LONGER_AT_HOME * longest else to_the_first
+
+
+def _dealt(
+    blocks: Sequence[Block], costs: dict[int, float], pace: Sequence[float], away: Callable[[int, Block], bool] | None = None
+) -> tuple[list[list[Block]], float]:
+    """Return shares, and how long the longest takes; `away`: who is to have a block only where the others have their fair part."""
+    workers = range(len(pace))
+    loads, shares = [0.0] * len(pace), [list[Block]() for _ in pace]
     left = sorted(blocks, key=lambda b: (-costs[b[0]], b[0]))
-    home = homes(machines) if machines is not None else ()
 
     def done(worker: int, block: Block) -> tuple[float, bool]:
-        away = machines is not None and machines[worker] != home[shard_of(block[1][0])]
-        return (loads[worker] + costs[block[0]]) / pace[worker], away
+        return (loads[worker] + costs[block[0]]) / pace[worker], away is not None and away(worker, block)
 
     def give(worker: int, block: Block) -> None:
         shares[worker].append(block)
         loads[worker] += costs[block[0]]
 
-    if machines is not None:
+    if away is not None:
         fair, longest_first, left = (1 + 1e-9) * sum(costs.values()) / sum(pace), left, []
         for block in longest_first:
-            first = min(range(workers), key=lambda w: done(w, block)[::-1])
+            first = min(workers, key=lambda w: done(w, block)[::-1])
             give(first, block) if done(first, block)[0] <= fair else left.append(block)
     for block in left:
-        give(min(range(workers), key=lambda w: done(w, block)), block)
-    return [sorted(share, key=lambda b: (-costs[b[0]], b[0])) for share in shares]
+        give(min(workers, key=lambda w: done(w, block)), block)
+    takes = max(load / speed for load, speed in zip(loads, pace, strict=True))
+    return [sorted(share, key=lambda b: (-costs[b[0]], b[0])) for share in shares], takes
 
 
 def _predicted_cost(task: Task, users: Sequence[int]) -> float:

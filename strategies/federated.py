@@ -35,10 +35,11 @@ SECONDS_BETWEEN_PULLS = 0.2
 
 @dataclass(frozen=True)
 class Dealt:
-    """The blocks of a round, the nodes that there were, and what each of them is to train: those with nothing are left out."""
+    """The blocks of a round, the nodes that there were and where, and what each of them is to train: those with nothing are left out."""
 
     blocks: tuple[Block, ...]
     nodes: list[int]
+    machines: list[str]
     shares: dict[int, list[Block]]
 
 
@@ -122,12 +123,14 @@ class Federated(Strategy):
         """Draw the cohort and return a message for each node that has users to train."""
         self._plan = begin(self.method, self.state, self.layout, self._secret, self._run, self.account)
         nodes, spec = list(grid.get_node_ids()), self._plan.spec
+        pinned = bool(getattr(grid, "pinned", True))
+        machines = grid.machines(nodes) if pinned and self._states.startswith(f"{LENT}:") and hasattr(grid, "machines") else []
         foreseen, self._foreseen = self._foreseen, None
-        if foreseen is None or (foreseen.blocks, foreseen.nodes) != (self._plan.blocks, nodes):
-            foreseen = self._deal(self._plan.blocks, nodes, grid)
+        if foreseen is None or (foreseen.blocks, foreseen.nodes, foreseen.machines) != (self._plan.blocks, nodes, machines):
+            foreseen = self._deal(self._plan.blocks, nodes, machines, pinned)
         self._dealt = foreseen.shares
         if self._reads and getattr(grid, "pinned", False):  # who does a node's messages will do the next one too
-            self._foreseen = self._deal(foresee(self.method, self._secret, self._run, spec.streams.round + 1), nodes, grid)
+            self._foreseen = self._deal(foresee(self.method, self._secret, self._run, spec.streams.round + 1), nodes, machines, pinned)
         ahead = {node: share[0][1][0] for node, share in self._foreseen.shares.items()} if self._foreseen else {}
         model = messages.model_record(spec.params, spec.control)
         contents = {
@@ -136,14 +139,12 @@ class Federated(Strategy):
         }
         return self._address(contents, MessageType.TRAIN, self.state.round + 1, grid)
 
-    def _deal(self, blocks: tuple[Block, ...], nodes: list[int], grid: Grid) -> "Dealt":
+    def _deal(self, blocks: tuple[Block, ...], nodes: list[int], machines: list[str], pinned: bool) -> "Dealt":
         # Where any worker does any node's messages, what one did says nothing of the next time.
-        pinned = bool(getattr(grid, "pinned", True))
         speeds = self._pace.of(nodes) if pinned else None
-        machines = grid.machines(nodes) if pinned and self._states.startswith(f"{LENT}:") and hasattr(grid, "machines") else []
         shares = deal(blocks, len(nodes), self.task, speeds, machines if len(set(machines)) > 1 else None)
         # The cheapest block, which was dealt last, goes first: training waits for the data of its first user.
-        return Dealt(blocks, nodes, {n: [share[-1], *share[:-1]] for n, share in zip(nodes, shares, strict=True) if share})
+        return Dealt(blocks, nodes, machines, {n: [share[-1], *share[:-1]] for n, share in zip(nodes, shares, strict=True) if share})
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Add the sums, release, take the server step; return the new model and the mean training loss.
@@ -204,9 +205,12 @@ class Federated(Strategy):
             out = self._requests(grid)
             sizes = [(message.metadata, len(self._dealt[message.metadata.dst_node_id])) for message in out]  # ids come when they are sent
             replies = exchange(grid, out)
-        finally:
+        except Exception:  # not on Ctrl-C, when nothing more is waited for
             if evaluated is not None:
                 evaluated(self._counts(counted))
+            raise
+        if evaluated is not None:
+            evaluated(self._counts(counted))
         outcome = self._finished(replies)
         faults = faults_of(grid, {meta.message_id: blocks for meta, blocks in sizes})
         self.outcome = dataclasses.replace(outcome, tally=outcome.tally | faults)

@@ -45,3 +45,23 @@ def test_an_error_is_raised_once_by_whoever_waits():
     with pytest.raises(ZeroDivisionError):
         behind.start(lambda: None)
     behind.wait()
+
+
+def test_what_a_second_signal_interrupts_is_done_by_the_next_to_wait(monkeypatch):
+    behind, signals, done = Behind(), [KeyboardInterrupt], list[int]()
+
+    def call() -> None:
+        if signals:
+            raise signals.pop()
+        done.append(1)
+
+    def never(thread: threading.Thread) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", never)
+    with pytest.raises(KeyboardInterrupt):
+        behind.start(call)
+    with pytest.raises(KeyboardInterrupt):
+        behind.wait()
+    behind.wait()
+    assert done == [1]

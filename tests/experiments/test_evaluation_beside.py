@@ -170,15 +170,24 @@ def interrupt(*_: object) -> None:
 
 
 @pytest.mark.usefixtures("beside")
-def test_ctrl_c_in_an_evaluation_keeps_its_round(vision: Path, tmp_path: Path, grid: RayGrid, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = tmp_path / "run"
+@pytest.mark.parametrize("where", ["_counts", "_deal"])
+def test_ctrl_c_in_an_evaluation_keeps_its_round(
+    vision: Path, tmp_path: Path, grid: RayGrid, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, where: str
+) -> None:
+    out, before = tmp_path / "run", getattr(Federated, where)
+
+    def interrupted(strategy: Federated, *args: Any) -> Any:
+        return before(strategy, *args) if strategy.state.round < 2 else interrupt()
+
     with monkeypatch.context() as patch:
-        patch.setattr(Federated, "_counts", interrupt)
+        patch.setattr(Federated, where, interrupted)
         assert run(vision, out, grid=grid) == 130
-    assert evaluated(out) == [(1, False), (2, False)]
+    # Apart, the evaluation is over before the next round is prepared.
+    assert evaluated(out) == [(1, False), (2, where == "_deal" and request.node.callspec.params["beside"] == "apart")]
     assert json.loads((out / "heartbeat.json").read_text())["status"] == "interrupted"
     assert run(vision, out, grid=grid, resume=True) == 0
-    assert evaluated(out) == [(1, False), (2, False), (3, False), (4, True), (5, True)]
+    assert [round for round, _ in evaluated(out)] == [1, 2, 3, 4, 5]
+    assert evaluated(out)[2:] == [(3, False), (4, True), (5, True)]
 
 
 @pytest.mark.usefixtures("beside")

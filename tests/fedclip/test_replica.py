@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from fedclip import replica as module
 from fedclip.replica import WORTH_TURNING, Replica
@@ -125,3 +126,22 @@ def test_a_model_without_poolings_is_looked_through_once(monkeypatch):
     for _ in range(3):
         replica.backward(replica.params.sum() + sum(p.sum() for p in replica.model.parameters()))
     assert looks == [False]
+
+
+def test_activations_that_are_made_again_when_needed_are_not_asked_for():
+    class Again(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.head, self.calls = nn.Conv2d(1, 8, 3), nn.Linear(8 * 47 * 47, 2), 0
+
+        def features(self, x):
+            self.calls += 1
+            return nn.functional.max_pool2d(self.conv(x), 2)
+
+        def forward(self, x):
+            return self.head(checkpoint(self.features, x, use_reentrant=False).flatten(1))
+
+    replica, x = Replica(Again(), channels_last=True), torch.rand(4, 1, 96, 96)
+    for _ in range(2):
+        replica.backward(replica.model(x).sum())
+    assert replica.model.calls == 4  # once ahead and once back, in each of two steps

@@ -24,7 +24,7 @@ from fedclip.optimizers import SGD
 from fedclip.release import Gaussian, Release
 from fedclip.replica import Replica
 from fedclip.rng import Streams
-from fedclip.round import BLOCKS_A_COHORT, advance, begin, deal, finish, in_blocks, release
+from fedclip.round import BLOCKS_A_COHORT, LONGER_AT_HOME, advance, begin, deal, finish, in_blocks, release
 from fedclip.sampling import Poisson
 from fedclip.schedules import Schedule
 from fedclip.shards import homes, shard_of
@@ -192,9 +192,21 @@ def test_dealing_to_machines_loses_nobody_and_is_as_even_as_dealing_to_whoever_i
     blocks = [(n, (n,)) for n in range(len(costs))]
     shares = deal(blocks, len(machines), Given(costs), pace, machines)
     assert sorted(block for share in shares for block in share) == blocks
-    last = max(sum(costs[n] for n, _ in share) / speed for share, speed in zip(shares, pace, strict=True))
+    last, plain = (
+        max(sum(costs[n] for n, _ in share) / speed for share, speed in zip(dealt, pace, strict=True))
+        for dealt in (shares, deal(blocks, len(machines), Given(costs), pace))
+    )
+    assert last <= LONGER_AT_HOME * plain
     assert last <= (sum(costs) + (len(machines) - 1) * max(costs, default=0.0)) / sum(pace) * (1 + 1e-6)
     assert all([costs[n] for n, _ in share] == sorted((costs[n] for n, _ in share), reverse=True) for share in shares)
+
+
+def test_a_long_user_away_from_home_is_better_than_a_much_longer_round():
+    names = ["a", "b"]
+    of = {name: [user for user in range(100) if homes(names)[shard_of(user)] == name] for name in names}
+    costs = dict.fromkeys(of["a"][:2], 6.0) | dict.fromkeys(of["b"][:8], 1.0)
+    shares = deal([(n, (user,)) for n, user in enumerate(costs)], 2, Given(costs), None, names)
+    assert [sum(costs[user] for _, (user,) in share) for share in shares] == [10.0, 10.0]
 
 
 @given(st.sets(st.integers(0, 2000), max_size=80), st.integers(2, 4))

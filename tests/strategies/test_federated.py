@@ -240,3 +240,27 @@ def test_data_read_ahead_are_taken_by_that_user_of_that_round_alone(tmp_path: Pa
     assert ahead is not None
     with pytest.raises(OSError, match="no such recording"):
         ahead.result()
+
+
+def test_shares_that_were_foreseen_are_dealt_anew_where_a_worker_has_moved(tmp_path: Path) -> None:
+    from tests.experiments.conftest import VISION
+    from tests.experiments.test_engines import STATEFUL
+
+    path = tmp_path / "vision.toml"
+    path.write_text(VISION, encoding="utf-8")
+    prepared = prepare(read_experiment(path, [STATEFUL, "sampler.cohort=40"]))
+    grid, strategy = (
+        OnMachines(None),
+        Federated(prepared.method, prepared.task, prepared.recipe, "s", "r", states="ray:keeper:node:/folder"),
+    )
+    strategy._reads = True
+    list(strategy._requests(grid))
+    strategy.state = dataclasses.replace(strategy.state, round=1)
+    foreseen = strategy._foreseen
+    list(strategy._requests(grid))
+    assert foreseen is not None
+    assert strategy._dealt is foreseen.shares
+    strategy.state, foreseen, grid.count = dataclasses.replace(strategy.state, round=2), strategy._foreseen, 2
+    list(strategy._requests(grid))
+    assert foreseen is not None
+    assert strategy._dealt != foreseen.shares
