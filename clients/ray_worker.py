@@ -148,19 +148,23 @@ def room_for_workers(resources: Resources) -> int:
 def worker_starter(app: str | ClientCallable, run_config: UserConfig, nodes: int, resources: Resources) -> Callable[[], Any]:
     """Return a function that starts an actor, without waiting for it. What becomes of one that dies is left to whoever started it."""
     register_arrays()
-    # Memory in large pages, where the system gives them: what trains goes over whole models again and again.
-    tunables = ":".join(filter(None, ["glibc.malloc.hugetlb=1", os.environ.get("GLIBC_TUNABLES", "")]))
-    environment = {"OMP_NUM_THREADS": "1", "GLIBC_TUNABLES": tunables, "PYTHONPATH": os.pathsep.join(own_paths())}
     actor = ray.remote(Worker).options(
         num_cpus=resources.num_cpus,
         num_gpus=resources.num_gpus,
         max_restarts=0,
         max_task_retries=0,
-        runtime_env={"env_vars": environment},
+        runtime_env=own_runtime(),
     )
     # As bytes, so that what can't be unpickled there is answered by the actor rather than ending it.
     portable = app if isinstance(app, str) else cast(bytes, ray.cloudpickle.dumps(app))  # type: ignore[no-untyped-call]  # Ray gives it no types
     return lambda: actor.remote(portable, run_config, nodes)
+
+
+def own_runtime() -> dict[str, Any]:
+    """Return Ray's `runtime_env` for processes that run the code of this one."""
+    # Memory in large pages, where the system gives them: what trains goes over whole models again and again.
+    tunables = ":".join(filter(None, ["glibc.malloc.hugetlb=1", os.environ.get("GLIBC_TUNABLES", "")]))
+    return {"env_vars": {"OMP_NUM_THREADS": "1", "GLIBC_TUNABLES": tunables, "PYTHONPATH": os.pathsep.join(own_paths())}}
 
 
 def register_arrays() -> None:

@@ -4,6 +4,8 @@ It is the folder of the run, on the machine that leads it: a run goes on after a
 those keeps copies of what was written there last, to read what is the newest state of a user without asking for it.
 """
 
+import logging
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -16,6 +18,8 @@ from clients.lanes import MessageLost
 from fedclip.sealed import SealedFileError
 from fedclip.transform import State
 from fedclip.user_states import StatesInFolder, UserStates, file_of, state_in
+
+log = logging.getLogger(__name__)
 
 LENT = "ray"
 """A place is a folder, or `ray:KEEPER:NODE:FOLDER`: a keeper on the Ray node of the folder, whose workers use it directly."""
@@ -42,8 +46,10 @@ def lent(folder: Path) -> Iterator[str]:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+    from clients.ray_worker import own_runtime
+
     def on(node: str) -> dict[str, Any]:
-        return {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
+        return {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False), "runtime_env": own_runtime()}
 
     name, own = f"states-{uuid4().hex}", ray.get_runtime_context().get_node_id()
     # Files are all that it knows, so that Ray may start it anew, and do what it was at again.
@@ -53,10 +59,23 @@ def lent(folder: Path) -> Iterator[str]:
         yield f"{LENT}:{name}:{own}:{folder.absolute()}"
     finally:
         if ray.is_initialized():
-            ray.kill(keeper)  # first: whoever is still at work writes no more copies
-            nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]  # Ray gives it no types
-            cleared = [ray.remote(clear).options(max_retries=0, **on(node)).remote(name) for node in nodes]
-            ray.wait(cleared, num_returns=len(cleared), timeout=CLEAR_SECONDS)
+            # First, so that it answers nobody any more. Who has its answer may yet write a copy: it goes at the end of the next run.
+            ray.kill(keeper)
+            nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]  # Ray gives it no types
+            cleared = [ray.remote(clear).options(max_retries=0, **on(node["NodeID"])).remote(name) for node in nodes]
+            ready, _ = ray.wait(cleared, num_returns=len(cleared), timeout=CLEAR_SECONDS)
+            for node, answer in zip(nodes, cleared, strict=True):
+                try:
+                    if answer in ready:
+                        ray.get(answer)
+                        continue
+                    why = f"no answer in {CLEAR_SECONDS:g} s"
+                except ray.exceptions.RayError as error:
+                    why = str(error)
+                where = f"{node['NodeID']} ({node['NodeManagerHostname']})"
+                log.warning(
+                    "Copies of users' states may be left on the Ray node %s; the end of the next run there tries again: %s", where, why
+                )
 
 
 def near(keeper: str) -> Path:
@@ -68,9 +87,14 @@ def near(keeper: str) -> Path:
 
 
 def clear(gone: str) -> None:
-    """Take away the copies on this machine of what a keeper had that is gone, and of others of this cluster whose run was killed."""
+    """Take away the copies on this machine of what a keeper had that is gone, and of others of this cluster whose run was killed.
+
+    Raises:
+        OSError: some are still there.
+    """
     import ray
 
+    left: list[Path] = []
     folder, start = _copies()
     for copies in (path for path in folder.iterdir() if path.name.startswith(start)):
         keeper, _, _ = copies.name.removeprefix(start).rpartition("-")
@@ -79,7 +103,27 @@ def clear(gone: str) -> None:
         except ValueError:
             there = False
         if not there:
-            shutil.rmtree(copies, ignore_errors=True)
+            shutil.rmtree(copies, ignore_errors=True)  # nodes of one machine do so side by side
+            left += [copies] if os.path.lexists(copies) else []
+    if left:
+        raise OSError(f"{', '.join(map(str, left))} cannot be removed; see whose they are, and remove them.")
+
+
+@contextmanager
+def copies_in(folder: Path) -> Iterator[StatesInFolder]:
+    """Give the copies in a folder, by whatever name it has meanwhile: others may have the right to move it, or put another in its place.
+
+    Raises:
+        OSError: it is not there, or not for this user alone.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        status = os.fstat(descriptor)
+        if status.st_uid != os.geteuid() or status.st_mode & 0o077:
+            raise PermissionError(f"{folder} is of user {status.st_uid} with mode {status.st_mode:o}, expected one for this user alone.")
+        yield StatesInFolder(Path(f"/proc/self/fd/{descriptor}"), kept=NEAR_VERSIONS)
+    finally:
+        os.close(descriptor)
 
 
 def _copies() -> tuple[Path, str]:
@@ -107,16 +151,17 @@ class StatesElsewhere:
     """The states of users in a folder of another machine, and copies of the newest that were written here.
 
     What cannot be done there is raised here. Where nobody answers, all raise `MessageLost`: no user is to blame. A copy that is damaged
-    or cannot be written costs time, and nothing else: what counts as a user's state is asked for, and what is not here comes from there.
+    or cannot be written costs time, and nothing else: what counts as a user's state is asked for, with the checksum of its file, and what
+    is not here comes from there.
 
     Args:
         folder: the folder there.
         keeper: an actor there, that is a `StatesInFolder`.
-        near: the folder here, for this user alone to read; made when first needed.
+        near: the folder here; made when first needed, and used as long as it is for this user alone.
     """
 
     def __init__(self, folder: Path, keeper: Any, near: Path) -> None:
-        self._folder, self._keeper, self._near = folder, keeper, StatesInFolder(near, kept=NEAR_VERSIONS)
+        self._folder, self._keeper, self._near = folder, keeper, near
         self._staged: list[Path] = []
 
     def load(self, user: int, round: int, template: State) -> State:
@@ -125,11 +170,12 @@ class StatesElsewhere:
         Raises:
             SealedFileError, ValueError: as `StatesInFolder`, of the file there.
         """
-        path = self._ask("newest", user, round)
-        if path is None:
+        newest = self._ask("newest_digest", user, round)
+        if newest is None:
             return template
-        with suppress(SealedFileError, ValueError):
-            return state_in(self._near, self._near.folder / path.relative_to(self._folder), user, template)
+        path, digest = newest
+        with suppress(OSError, SealedFileError, ValueError), copies_in(self._near) as copies:
+            return state_in(copies, copies.folder / path.relative_to(self._folder), user, template, digest)
         return state_in(self, path, user, template)
 
     def read(self, path: Path) -> bytes:
@@ -141,10 +187,11 @@ class StatesElsewhere:
         content = [bytes(chunk) for chunk in file_of(user, state)]
         self._staged.append(self._ask("put", user, round, attempt, content))
         with suppress(OSError):
-            disk = shutil.disk_usage(self._near.folder.parent)
+            disk = shutil.disk_usage(self._near.parent)
             if disk.free - sum(map(len, content)) > LEFT_FREE * disk.total:
-                self._near.folder.mkdir(mode=0o700, exist_ok=True)
-                self._near.put(user, round, attempt, content)
+                self._near.mkdir(mode=0o700, exist_ok=True)
+                with copies_in(self._near) as copies:
+                    copies.put(user, round, attempt, content)
 
     def sync(self) -> None:
         """Wait until all that was staged since the last time is durable there."""

@@ -59,8 +59,20 @@ class Reader(Protocol):
         """Return a file's content."""
 
 
-def read_sealed(storage: Reader, path: Path, kind: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Return the data and the tensors of a sealed file.
+def digest_of(storage: Storage, path: Path) -> bytes:
+    """Return the checksum that a sealed file ends in: 32 bytes, that nobody has checked.
+
+    Raises:
+        SealedFileError: no such file.
+    """
+    try:
+        return storage.read_end(path, _DIGEST)
+    except OSError as error:
+        raise SealedFileError(f"{path} cannot be read: {error}.") from error
+
+
+def read_sealed(storage: Reader, path: Path, kind: str, asked: bytes | None = None) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Return the data and the tensors of a sealed file; where it is asked for by its checksum, of that one and no other.
 
     Raises:
         SealedFileError: no such file, or not one byte for byte as it was written, or of another kind or version.
@@ -74,6 +86,8 @@ def read_sealed(storage: Reader, path: Path, kind: str) -> tuple[dict[str, Any],
         raise SealedFileError(f"{path} is no file of this project, or its beginning is damaged.")
     if hashlib.blake2b(body, digest_size=_DIGEST).digest() != bytes(digest):
         raise SealedFileError(f"{path} is damaged: its checksum does not fit its {len(content)} bytes.")
+    if asked is not None and bytes(digest) != asked:
+        raise SealedFileError(f"{path} has the checksum {digest.hex()}, expected {asked.hex()}; it was written another time.")
     if bytes(body[: len(magic)]) != magic:
         line = bytes(body[:64]).split(b"\n")[0].decode("ascii", "replace")
         raise SealedFileError(f"{path} is '{line}', expected '{magic.decode().strip()}'; was it written by another version?")

@@ -25,6 +25,12 @@ class Storage:
         """Return a file's content."""
         return path.read_bytes()
 
+    def read_end(self, path: Path, size: int) -> bytes:
+        """Return the last bytes of a file; all of one that is shorter."""
+        with path.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - size))
+            return file.read(size)
+
     def names(self, folder: Path) -> list[str]:
         """Return the names of the files in a folder, sorted; none where there is no folder."""
         return sorted(p.name for p in folder.iterdir() if p.is_file()) if folder.is_dir() else []

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from fedclip.layout import Layout
-from fedclip.sealed import Reader, pack_state, read_sealed, sealed, unpack_state
+from fedclip.sealed import Reader, digest_of, pack_state, read_sealed, sealed, unpack_state
 from fedclip.shapes import shapes_only, tensor_bytes
 from fedclip.storage import Chunk, Storage
 from fedclip.transform import State
@@ -122,14 +122,14 @@ class StatesInMemory:
         """Nothing outlives this process."""
 
 
-def state_in(files: Reader, path: Path, user: int, template: State) -> State:
+def state_in(files: Reader, path: Path, user: int, template: State, asked: bytes | None = None) -> State:
     """Return the state of a user in a file.
 
     Raises:
-        SealedFileError: the file is damaged.
+        SealedFileError: the file is damaged, or not the one with the checksum that is asked for.
         ValueError: it is the state of another user, or of another chain.
     """
-    data, tensors = read_sealed(files, path, KIND)
+    data, tensors = read_sealed(files, path, KIND, asked)
     if data["user"] != user:
         raise ValueError(f"{path} holds the state of user {data['user']}, expected that of user {user}; files were swapped.")
     return unpack_state(template, data["state"], tensors)
@@ -167,6 +167,15 @@ class StatesInFolder:
         """Return the file of what the user had after its last round before `round`; None where it was never seen."""
         before = [path for r, _, path in self._versions(self._place(user)) if r < round]
         return before[-1] if before else None
+
+    def newest_digest(self, user: int, round: int) -> tuple[Path, bytes] | None:
+        """Return the file that is `newest`, and the checksum that it ends in.
+
+        Raises:
+            SealedFileError: as `digest_of`.
+        """
+        path = self.newest(user, round)
+        return None if path is None else (path, digest_of(self._storage, path))
 
     def read(self, path: Path) -> bytes:
         """Return a file's content."""

@@ -1,6 +1,9 @@
 """States of users on a machine that others have no disk of: the files of the folder itself, and copies that nothing depends on."""
 
+import importlib
+import os
 import shutil
+import time
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,8 +13,9 @@ import pytest
 import ray
 import torch
 
+from clients import states as states_module
 from clients.lanes import MessageLost
-from clients.states import StatesElsewhere, clear, lent, near, states_at
+from clients.states import StatesElsewhere, clear, copies_in, lent, near, states_at
 from fedclip.sealed import SealedFileError
 from fedclip.user_states import StatesInFolder, UserStates
 
@@ -73,14 +77,18 @@ def test_by_way_of_an_actor_the_files_are_the_same(tmp_path: Path) -> None:
 def test_states_that_were_written_here_are_read_here(keeper: Keeper, tmp_path: Path) -> None:
     a_few_rounds(StatesElsewhere(tmp_path / "there", keeper, tmp_path / "near"))
     there, copies = files(tmp_path / "there"), files(tmp_path / "near")
-    assert keeper.asked == {"newest": 10, "put": 10, "settle": 5}
+    assert keeper.asked == {"newest_digest": 10, "put": 10, "settle": 5}
     assert copies.items() <= there.items()
     assert (len(there), len(copies)) == (6, 4), "of each of two users three are kept, and copies of two"
     assert (tmp_path / "near").stat().st_mode & 0o777 == 0o700, "states are of users"
 
 
-@pytest.mark.parametrize("harm", ["missing", "cut", "changed", "of another user", "older"])
-def test_what_is_not_whole_here_comes_from_there(keeper: Keeper, tmp_path: Path, harm: str) -> None:
+@pytest.mark.parametrize(
+    "harm", ["missing", "cut", "changed", "of another user", "older", "other bits", "open to others", "of others", "a link"]
+)
+def test_what_is_not_whole_and_ours_here_comes_from_there(
+    keeper: Keeper, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, harm: str
+) -> None:
     elsewhere = StatesElsewhere(tmp_path / "there", keeper, tmp_path / "near")
     elsewhere.stage(7, 1, 0, STATE)
     (copy,) = (tmp_path / "near").rglob("*.state")
@@ -93,10 +101,36 @@ def test_what_is_not_whole_here_comes_from_there(keeper: Keeper, tmp_path: Path,
     elif harm == "of another user":
         elsewhere.stage(8, 1, 0, (STATE[0] * 2, 9))
         copy.write_bytes((tmp_path / "near" / "0" / "8" / copy.name).read_bytes())
-    else:  # the user was trained on another machine since
-        StatesElsewhere(tmp_path / "there", keeper, tmp_path / "other").stage(7, 2, 0, (STATE[0], 9))
-    assert elsewhere.load(7, 3, FRESH)[1] == (9 if harm == "older" else 3)
+    elif harm == "open to others":
+        (tmp_path / "near").chmod(0o710)
+    elif harm == "of others":
+        monkeypatch.setattr(os, "geteuid", lambda: (tmp_path / "near").stat().st_uid + 1)
+    elif harm == "a link":
+        (tmp_path / "near").rename(tmp_path / "moved")
+        (tmp_path / "near").symlink_to(tmp_path / "moved")
+    else:  # the user was trained on another machine: since, or again
+        again = 2 if harm == "older" else 1
+        StatesElsewhere(tmp_path / "there", keeper, tmp_path / "other").stage(7, again, 0, (STATE[0], 9))
+    assert elsewhere.load(7, 3, FRESH)[1] == (9 if harm in ("older", "other bits") else 3)
     assert keeper.asked["read"] == 1
+    if harm in ("open to others", "of others", "a link"):
+        elsewhere.stage(8, 1, 0, STATE)
+        assert not (tmp_path / "near" / "0" / "8").exists()
+
+
+def test_copies_stay_in_the_folder_that_was_looked_at(tmp_path: Path) -> None:
+    (tmp_path / "near").mkdir(mode=0o700)
+    with copies_in(tmp_path / "near") as copies:
+        (tmp_path / "near").rename(tmp_path / "moved")
+        (tmp_path / "near").mkdir()
+        copies.put(7, 1, 0, [b"state"])
+        assert len(files(tmp_path / "moved")) == 1
+        assert files(tmp_path / "near") == {}
+        shutil.rmtree(tmp_path / "near")
+        shutil.rmtree(tmp_path / "moved")
+        with pytest.raises(FileNotFoundError):
+            copies.put(7, 1, 0, [b"state"])
+    assert list(tmp_path.iterdir()) == [], "the folder of all users is not made along with that of one"
 
 
 def test_what_is_damaged_there_is_refused(keeper: Keeper, tmp_path: Path) -> None:
@@ -118,7 +152,7 @@ def test_where_no_copies_can_be_written_states_are_kept_all_the_same(
     if why == "full":
         monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=10**6, free=10**5 + 100))
     elif why == "no rights":
-        place.mkdir()
+        place.mkdir(mode=0o700)
         (place / "0").write_bytes(b"not a folder")
     assert a_few_rounds(StatesElsewhere(tmp_path / "there", keeper, place)) == a_few_rounds(StatesInFolder(tmp_path / "here"))
     assert files(tmp_path / "there") == files(tmp_path / "here")
@@ -150,3 +184,47 @@ def test_a_lent_folder_is_used_directly_on_its_own_machine_and_by_its_keeper_on_
         assert copies() == sorted(near(at.split(":")[1]).name for at in (place, other)), "those whose keepers are there stay"
     assert copies() == []
     assert states_at("") is None
+
+
+ONLY_HERE = """
+from pathlib import Path
+from fedclip.user_states import StatesInFolder
+
+class Kept(StatesInFolder):
+    pass
+
+def clear(gone):
+    Path(__file__).with_name("cleared").touch()
+"""
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_who_keeps_and_who_clears_find_the_code_where_this_process_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "only_here.py").write_text(ONLY_HERE)
+    monkeypatch.syspath_prepend(tmp_path)
+    only_here = importlib.import_module("only_here")
+    monkeypatch.setattr(states_module, "clear", only_here.clear)
+    monkeypatch.setattr(states_module, "StatesInFolder", only_here.Kept)
+    with lent(tmp_path / "there") as place:
+        keeper = ray.get_actor(place.split(":")[1], states_module.NAMESPACE)
+        assert StatesElsewhere(tmp_path / "there", keeper, tmp_path / "near").load(7, 1, FRESH) is FRESH
+    assert (tmp_path / "cleared").exists()
+
+
+@pytest.mark.usefixtures("ray_session")
+@pytest.mark.parametrize("trouble", ["fails", "mute"])
+def test_nodes_where_copies_may_be_left_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, trouble: str
+) -> None:
+    place = near("states-of-a-run-that-was-killed")
+    if trouble == "fails":
+        place.symlink_to(tmp_path)  # which `shutil.rmtree` refuses
+    else:
+        monkeypatch.setattr(states_module, "CLEAR_SECONDS", 0.1)
+        monkeypatch.setattr(states_module, "clear", lambda gone: time.sleep(1))
+    with lent(tmp_path / "there"):
+        pass
+    place.unlink(missing_ok=True)
+    (message,) = caplog.messages
+    assert ray.get_runtime_context().get_node_id() in message
+    assert ("no answer in 0.1 s" if trouble == "mute" else f"{place} cannot be removed") in message
