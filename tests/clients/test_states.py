@@ -198,6 +198,7 @@ def clear(gone):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
 def test_who_keeps_and_who_clears_find_the_code_where_this_process_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "only_here.py").write_text(ONLY_HERE)

@@ -29,7 +29,7 @@ ROUNDS = 5
 """The models of rounds 2 and 4 are evaluated ahead of the next round, that of the last at its end."""
 
 
-@pytest.fixture(params=["beside", "apart"])
+@pytest.fixture(params=["beside", pytest.param("apart", marks=pytest.mark.slow)])
 def beside(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Evaluate ahead of the next round's training, or apart, as on grids that keep no order."""
     if request.param == "apart":
@@ -102,7 +102,7 @@ def left_by(out: Path) -> dict[str, Any]:
     return left
 
 
-@pytest.mark.parametrize("noise", [True, False])
+@pytest.mark.parametrize("noise", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_run_leaves_the_files_of_one_that_evaluates_between_rounds(
     vision: Path, tmp_path: Path, grid: RayGrid, sent: list[str], monkeypatch: pytest.MonkeyPatch, noise: bool
 ) -> None:
