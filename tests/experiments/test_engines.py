@@ -91,7 +91,7 @@ STATEFUL = (
 
 
 @pytest.mark.usefixtures("ray_session")
-@pytest.mark.parametrize(("workers", "reply"), [(1, "sums"), (3, "sums"), (2, "updates")])
+@pytest.mark.parametrize(("workers", "reply"), [(1, "sums"), pytest.param(3, "sums", marks=pytest.mark.slow), (2, "updates")])
 def test_states_of_users_and_adaptive_bounds_have_the_bits_of_one_process(vision: Path, tmp_path: Path, workers: int, reply: str) -> None:
     def ends(folder: Path, *overrides: str) -> tuple[torch.Tensor, tuple[float, ...], dict[str, bytes]]:
         common = [STATEFUL, "sampler.cohort=12", "privacy.noise_multiplier=0.5"]
@@ -131,10 +131,11 @@ COMPRESSED = {
         "sampler.cohort=12",
     ),
 }
+LONG = ("control variates, 8 bits down", "a common mask that follows what was released")
 
 
 @pytest.mark.usefixtures("ray_session")
-@pytest.mark.parametrize("name", COMPRESSED)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in LONG else ()) for n in COMPRESSED])
 def test_compressed_rounds_have_the_bits_of_one_process(vision: Path, tmp_path: Path, name: str) -> None:
     def ends(folder: Path, *overrides: str) -> tuple[torch.Tensor, list[float]]:
         with open_engine(prepare(read_experiment(vision, [*COMPRESSED[name], *overrides])), folder) as engine:

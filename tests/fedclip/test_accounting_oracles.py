@@ -188,6 +188,7 @@ def test_sampling_confirms_the_delta_of_an_epsilon(q, z, rounds):
     assert epsilon == pytest.approx(by_hand(q, z, rounds), rel=2e-3)
 
 
+@pytest.mark.slow
 def test_three_accountants_agree():
     # On the larger grid below the largest disagreement is about half a percent.
     found, answered = disagreements(10, seed=1)
