@@ -1,7 +1,7 @@
 """Where a message says that the states of users are: a folder, or one that is lent to Ray nodes which do not have its disk.
 
 It is the folder of the run, on the machine that leads it: a run goes on after a crash, whatever became of the other machines. Each of
-those keeps copies of what was written there last, to read what is the newest state of a user without asking for it.
+those keeps copies of what was written there last, so that a user's newest state need not cross the network again.
 """
 
 import logging
