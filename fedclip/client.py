@@ -23,7 +23,7 @@ from fedclip.spec import Block, RoundSpec
 from fedclip.stages import build_stage
 from fedclip.tally import Tally, shortened
 from fedclip.transform import Chain, Ctx, State, has_content
-from fedclip.update import Dense, Sparse, Update, difference, finite_or_zero, layer_sparsity, scale, to_dense
+from fedclip.update import Dense, Sparse, Update, finite_or_zero, layer_sparsity, scale, to_dense
 from fedclip.user_states import UserStates, apart, halved, restored
 from fedclip.wire import Wire
 
@@ -164,11 +164,11 @@ class Client:
         if self.control is not None:
             state, own = state[0], state[1].to(self.control.device)
         correction = None if self.control is None or own is None else replica.arranged(self.control - own)
-        replica.load(self.params)
+        replica.begin(self.params)
         with streams.torch_seeded("training", user, str(replica.params.device)):
             loss = self.local.train(replica, self.site.task, examples, streams.generator("batches", user), correction)
         # In the place of the parameters, which the next user's training sets anew: of a large model a vector is gigabytes.
-        delta = difference(self.params, replica.taken())
+        delta = replica.moved(self.params)
         weight = user_weight(len(examples), self.spec.weighting, self.spec.max_examples)
         return _Trained(user, delta, state, own, loss, weight, tally, _said_of(examples), time.perf_counter() - start)
 

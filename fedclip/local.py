@@ -104,7 +104,7 @@ class LocalSGD:
         Returns:
             The mean training loss over the batches; NaN where the data gives no batch.
         """
-        replica.model.train()
+        replica.train()
         replica.flat_gradients = not (self._is_plain and correction is None)
         optimizer = InPlace(replica, self.optimizer, self.momentum, self.betas, self.eps, self.weight_decay)
         if self.proximal:
@@ -116,7 +116,7 @@ class LocalSGD:
                 self._step(replica, optimizer, correction)
         if not replica.flat_gradients:
             replica.clear_gradients()  # a core's caches have their memory, and the next user, who may train in another replica, needs some
-        return float(torch.stack(losses).mean()) if losses else float("nan")
+        return sum(torch.stack(losses).tolist()) / len(losses) if losses else math.nan
 
     def gradients(
         self, replica: Replica, task: Task, examples: Sequence[Any], rng: np.random.Generator

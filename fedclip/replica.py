@@ -1,5 +1,6 @@
 """`Replica`: a model whose trainable parameters, and their gradients, are views into two flat buffers."""
 
+from collections.abc import Iterable, Iterator
 from typing import Any, Self
 
 import torch
@@ -7,7 +8,9 @@ from torch import nn
 from torch.autograd.graph import Node
 
 from fedclip.layout import Layout
+from fedclip.low_rank import WORTH, Products
 from fedclip.tasks.base import Task
+from fedclip.update import Dense, measured, subtracted
 
 POOLINGS = {"MaxPool2DWithIndicesBackward0", "AvgPool2DBackward0", "AdaptiveMaxPool2DBackward0"}
 CONVOLUTION = "ConvolutionBackward0"
@@ -43,19 +46,26 @@ class Replica:
         turned = {id(m.weight) for m in self.model.modules() if channels_last and isinstance(m, nn.Conv2d)}
         trainable = [p for p in self.model.parameters() if p.requires_grad]
         self._turned = list[tuple[slice, torch.Size]]()
-        start = 0
+        linear = {id(m.weight) for m in self.model.modules() if type(m) is nn.Linear}
+        self._products, self._others, start, after = list[tuple[slice, Products]](), list[slice](), 0, 0
         for parameter, size in zip(trainable, self.layout.sizes, strict=True):
             place, shape, initial = slice(start, start + size), parameter.shape, parameter.detach()
-            if id(parameter) in turned:
+            if id(parameter) in turned and shape[1] > 1 and shape[2:].numel() > 1:  # else the order is the same
                 self._turned.append((place, shape))
             values, gradient = (_view(flat[place], shape, turned=id(parameter) in turned) for flat in (self.params, self.grads))
             values.copy_(initial)
             parameter.data, parameter.grad = values, gradient
             start += size
+            if id(parameter) in linear and type(parameter) is nn.Parameter and size >= WORTH:
+                self._products.append((place, Products(parameter, values)))
+                self._others.append(slice(after, place.start))
+                after = start
+        self._others.append(slice(after, start))
         self._trainable, self._gradients, self._flat = trainable, [p.grad for p in trainable], True
+        self._values, self._modules = [p.detach() for p in trainable], list(self.model.modules())
         self._buffers = [(b, b.clone()) for b in self.model.buffers()]
         self._scratch: dict[str, torch.Tensor] = {}
-        self._pools = bool(self._turned)  # until a loss shows that they do not, or too little to look for: bits are the same
+        self._pools = bool(turned)  # until a loss shows that they do not, or too little to look for: bits are the same
 
     @classmethod
     def of(cls, task: Task, device: str = "cpu") -> Self:
@@ -84,16 +94,25 @@ class Replica:
 
     @flat_gradients.setter
     def flat_gradients(self, flat: bool) -> None:
+        if flat:
+            self._settle()
         if flat != self._flat:
             self._flat = flat
             for parameter, gradient in zip(self._trainable, self._gradients, strict=True):
                 parameter.grad = gradient if flat else None
+
+    def train(self) -> None:
+        """Put the model, where any of it is not, into the mode for training."""
+        if not all(module.training for module in self._modules):
+            self.model.train()
 
     def clear_gradients(self) -> None:
         """Begin a step."""
         if self._flat:
             self.grads.zero_()
             return
+        for _, products in self._products:
+            products.clear()
         for parameter in self._trainable:
             parameter.grad = None
 
@@ -105,8 +124,10 @@ class Replica:
 
     def descend(self, lr: float) -> None:
         """Take a step of plain SGD with the gradients that the parameters hold."""
-        pairs = [(p.detach(), p.grad) for p in self._trainable if p.grad is not None]
-        torch._foreach_add_([p for p, _ in pairs], [g for _, g in pairs], alpha=-lr)
+        for _, products in self._products:
+            products.step(lr)
+        pairs = [(values, p.grad) for values, p in zip(self._values, self._trainable, strict=True) if p.grad is not None]
+        torch._foreach_add_([values for values, _ in pairs], [g for _, g in pairs], alpha=-lr)
 
     def scratch(self, name: str) -> torch.Tensor:
         """Return a buffer of shape (d,), made at the first use of its name and the same from then on, with whatever was left in it."""
@@ -116,10 +137,57 @@ class Replica:
 
     def load(self, params: torch.Tensor) -> None:
         """Start from `params`, shape (d,), in the layout's order; buffers (batch statistics) go back to what they were at the start."""
-        self.params.copy_(params)
+        for _, products in self._products:
+            products.end()
+        self._load(params, (slice(None),))
+
+    def begin(self, params: torch.Tensor) -> None:
+        """Start from `params` as `load` does, for one training and `moved` after it; they must stay as they are until then.
+
+        The weights of large linear layers are not copied, and kept as products where steps are plain (`low_rank`).
+        """
+        for place, products in self._products:
+            products.begin(params[place])
+        self._load(params, self._others)
+
+    def _load(self, params: torch.Tensor, places: Iterable[slice]) -> None:
+        for place in places:
+            self.params[place].copy_(params[place])
         for place, shape in self._turned:
             _view(self.params[place], shape, turned=True).copy_(params[place].view(shape))
         self.restart()
+
+    def moved(self, params: torch.Tensor) -> Dense:
+        """Return `params`, which it began from, less those that it has now, in the layout's order, in the place of its own.
+
+        Nobody has a use for the model from here to the next `load` or `begin`. On the CPU the update has its energies.
+        """
+        return measured(self._reordered(), self._parts(params))
+
+    def _parts(self, params: torch.Tensor) -> Iterator[int]:
+        """Fill `params` with what has moved; yield after each part how many values are there."""
+        start = 0
+        for place, products in (*((p, q) for p, q in self._products if q.kept), (slice(len(params), None), None)):
+            between = slice(start, place.start)
+            yield from (start + there for there in subtracted(params[between], self.params[between]))
+            if products is not None:
+                yield from (place.start + there for there in products.moved())
+            start = place.stop
+
+    def taken(self) -> torch.Tensor:
+        """Return `params` itself put into the layout's order, for who has no use for the model until the next `load` or `begin`."""
+        self._settle()
+        return self._reordered()
+
+    def _reordered(self) -> torch.Tensor:
+        for place, shape in self._turned:
+            part = self.params[place]
+            part.view(shape).copy_(_view(part.clone(), shape, turned=True))
+        return self.params
+
+    def _settle(self) -> None:
+        for _, products in self._products:
+            products.settle()
 
     def restart(self) -> None:
         """Put the buffers of the model back to what they were when the replica was made, and leave the parameters."""
@@ -144,14 +212,8 @@ class Replica:
 
     def values(self) -> torch.Tensor:
         """Return a copy of the parameters in the layout's order, shape (d,)."""
+        self._settle()
         return self.ordered(self.params)
-
-    def taken(self) -> torch.Tensor:
-        """Return `params` itself put into the layout's order, for who has no use for the model until the next `load`."""
-        for place, shape in self._turned:
-            part = self.params[place]
-            part.view(shape).copy_(_view(part.clone(), shape, turned=True))
-        return self.params
 
 
 def _keep_channels_last(loss: torch.Tensor) -> bool:
