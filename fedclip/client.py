@@ -86,6 +86,7 @@ class Client:
             keeper = "a control variate" if spec.control else self.chain.name
             raise ValueError(f"{keeper} keeps a state for each user, and there is no place to keep it; give a folder for it.")
         self.params = self._vector(spec.params)
+        self._arranged = site.replica.arranged(self.params)
         self.control = self._vector(spec.control) if spec.control else None
 
     def _vector(self, payload: bytes) -> torch.Tensor:
@@ -164,7 +165,7 @@ class Client:
         if self.control is not None:
             state, own = state[0], state[1].to(self.control.device)
         correction = None if self.control is None or own is None else replica.arranged(self.control - own)
-        replica.begin(self.params)
+        replica.begin(self._arranged)
         with streams.torch_seeded("training", user, str(replica.params.device)):
             loss = self.local.train(replica, self.site.task, examples, streams.generator("batches", user), correction)
         # In the place of the parameters, which the next user's training sets anew: of a large model a vector is gigabytes.

@@ -106,13 +106,19 @@ class LocalSGD:
         """
         replica.train()
         replica.flat_gradients = not (self._is_plain and correction is None)
-        optimizer = InPlace(replica, self.optimizer, self.momentum, self.betas, self.eps, self.weight_decay)
+        optimizer = None
+        if replica.flat_gradients:
+            optimizer = InPlace(replica, self.optimizer, self.momentum, self.betas, self.eps, self.weight_decay)
         if self.proximal:
             replica.scratch("start").copy_(replica.params)
         losses = list[torch.Tensor]()
         for of_step, finite in self.gradients(replica, task, examples, rng):
             losses += of_step
-            if finite:
+            if not finite:
+                continue
+            if optimizer is None:
+                replica.descend(self.lr)
+            else:
                 self._step(replica, optimizer, correction)
         if not replica.flat_gradients:
             replica.clear_gradients()  # a core's caches have their memory, and the next user, who may train in another replica, needs some
@@ -159,9 +165,6 @@ class LocalSGD:
         return torch.zeros((), device=device) if total is None else total
 
     def _step(self, replica: Replica, optimizer: InPlace, correction: torch.Tensor | None) -> None:
-        if not replica.flat_gradients:
-            replica.descend(self.lr)
-            return
         grads, params = replica.grads, replica.params
         factor = None if self.clip_norm is None else clip_factor(grads, self.clip_norm)
         decay = self.weight_decay if self.optimizer == "sgd" else 0.0

@@ -47,7 +47,7 @@ class Replica:
         trainable = [p for p in self.model.parameters() if p.requires_grad]
         self._turned = list[tuple[slice, torch.Size]]()
         linear = {id(m.weight) for m in self.model.modules() if type(m) is nn.Linear}
-        self._products, self._others, start, after = list[tuple[slice, Products]](), list[slice](), 0, 0
+        self._products, self._others, start, after = list[tuple[slice, Products]](), list[tuple[slice, torch.Tensor]](), 0, 0
         for parameter, size in zip(trainable, self.layout.sizes, strict=True):
             place, shape, initial = slice(start, start + size), parameter.shape, parameter.detach()
             if id(parameter) in turned and shape[1] > 1 and shape[2:].numel() > 1:  # else the order is the same
@@ -58,9 +58,9 @@ class Replica:
             start += size
             if id(parameter) in linear and type(parameter) is nn.Parameter and size >= WORTH:
                 self._products.append((place, Products(parameter, values)))
-                self._others.append(slice(after, place.start))
+                self._others.append((slice(after, place.start), self.params[after : place.start]))
                 after = start
-        self._others.append(slice(after, start))
+        self._others.append((slice(after, start), self.params[after:start]))
         self._trainable, self._gradients, self._flat = trainable, [p.grad for p in trainable], True
         self._values, self._modules = [p.detach() for p in trainable], list(self.model.modules())
         self._buffers = [(b, b.clone()) for b in self.model.buffers()]
@@ -139,26 +139,22 @@ class Replica:
         """Start from `params`, shape (d,), in the layout's order; buffers (batch statistics) go back to what they were at the start."""
         for _, products in self._products:
             products.end()
-        self._load(params, (slice(None),))
+        self.params.copy_(self.arranged(params))
+        self.restart()
 
-    def begin(self, params: torch.Tensor) -> None:
-        """Start from `params` as `load` does, for one training and `moved` after it; they must stay as they are until then.
+    def begin(self, arranged: torch.Tensor) -> None:
+        """Start as `load` does, for one training and `moved` after it, from parameters that are `arranged` and stay as they are until then.
 
         The weights of large linear layers are not copied, and kept as products where steps are plain (`low_rank`).
         """
         for place, products in self._products:
-            products.begin(params[place])
-        self._load(params, self._others)
-
-    def _load(self, params: torch.Tensor, places: Iterable[slice]) -> None:
-        for place in places:
-            self.params[place].copy_(params[place])
-        for place, shape in self._turned:
-            _view(self.params[place], shape, turned=True).copy_(params[place].view(shape))
+            products.begin(arranged[place])
+        for place, values in self._others:
+            values.copy_(arranged[place])
         self.restart()
 
     def moved(self, params: torch.Tensor) -> Dense:
-        """Return `params`, which it began from, less those that it has now, in the layout's order, in the place of its own.
+        """Return `params`, shape (d,) and in the layout's order, from which it began, less those that it has now, in the place of these.
 
         Nobody has a use for the model from here to the next `load` or `begin`. On the CPU the update has its energies.
         """
