@@ -1,6 +1,6 @@
 """`Replica`: a model whose trainable parameters, and their gradients, are views into two flat buffers."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, Self
 
 import torch
