@@ -41,7 +41,7 @@ def train(message: Message, context: Context) -> Message:
         client = Client(site, request.spec, states)
         content = messages.updates_reply(list(client.contributions(request.blocks)))
         client.sync()
-    if request.ahead is not None:
+    if request.ahead:
         site.read_ahead(request.ahead, request.spec.streams)
     return Message(content, reply_to=message)
 

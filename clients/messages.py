@@ -69,8 +69,8 @@ class TrainRequest:
     """Train the users of some blocks.
 
     `reply` is `"sums"` or `"updates"`; `task` is a recipe as JSON; `states` is where the users' states are in a simulation
-    (`clients.states`), empty where the chain has none. `ahead`: the user who is likely to be the first here in the next round, to read
-    meanwhile; None: nobody. `errand` is there for a real device.
+    (`clients.states`), empty where the chain has none. `ahead`: the users who are likely to be the first here in the next round, to read
+    meanwhile. `errand` is there for a real device.
     """
 
     spec: RoundSpec
@@ -80,7 +80,7 @@ class TrainRequest:
     reply: str
     states: str
     errand: Errand | None = None
-    ahead: int | None = None
+    ahead: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,14 +114,14 @@ def train_request(
     model: ArrayRecord,
     states: str = "",
     errand: Errand | None = None,
-    ahead: int | None = None,
+    ahead: Sequence[int] = (),
 ) -> RecordDict:
     """Return the content of a training request."""
     config = ConfigRecord({"spec": json.dumps(plan.shared()), "task": task, "device": device, "reply": reply, "states": states})
     config.update(_pack_blocks(blocks))
     config.update(_pack_errand(errand))
-    if ahead is not None:
-        config["ahead"] = ahead
+    if ahead:
+        config["ahead"] = list(ahead)
     return RecordDict({"request": config, "model": model})
 
 
@@ -132,10 +132,10 @@ def read_train_request(content: RecordDict) -> TrainRequest:
     control = _payload(vectors, "control") if "control" in vectors else b""
     spec = RoundSpec.from_shared(json.loads(_text(config, "spec")), model_bytes(vectors), control)
     task, device, reply, states = (_text(config, key) for key in ("task", "device", "reply", "states"))
-    ahead: Any = config.get("ahead")
-    if not isinstance(ahead, int | None):
-        raise ValueError(f"Expected an integer under 'ahead', got {type(ahead).__name__}; sent by another program?")
-    return TrainRequest(spec, _unpack_blocks(config), task, device, reply, states, _unpack_errand(config), ahead)
+    ahead: Any = config.get("ahead", [])
+    if not (isinstance(ahead, list) and all(isinstance(user, int) for user in ahead)):
+        raise ValueError(f"Expected integers under 'ahead', got {ahead!r:.80}; sent by another program?")
+    return TrainRequest(spec, _unpack_blocks(config), task, device, reply, states, _unpack_errand(config), tuple(ahead))
 
 
 def sums_reply(partial: Partial) -> RecordDict:

@@ -4,7 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -16,9 +16,8 @@ from fedclip.collector import Collector, Contribution, Partial, pack_bits
 from fedclip.control import fresh_state, gradients_moved, next_of_user
 from fedclip.local import LocalSGD
 from fedclip.method import user_weight
-from fedclip.process import settle_thread
 from fedclip.replica import Replica
-from fedclip.site import WORTH_A_THREAD, Site
+from fedclip.site import WORTH_A_THREAD, Read, Site
 from fedclip.spec import Block, RoundSpec
 from fedclip.stages import build_stage
 from fedclip.tally import Tally, shortened
@@ -106,16 +105,15 @@ class Client:
         """
         users = [(block, user) for block, members in blocks for user in members]
         replicas, group = self.site.replicas(len(users)), list[tuple[int, _Trained | Contribution]]()
-        with ThreadPoolExecutor(1, "fedclip-reader", settle_thread) as reader:
-            ahead = self.site.was_read(users[0][1], self.spec.streams) if users else None
-            for n, (block, user) in enumerate(users):
-                loaded = self._loaded(user, ahead)
-                follows = n + 1 < len(users) and self.site.load_seconds > WORTH_A_THREAD
-                ahead = reader.submit(self.site.load, users[n + 1][1], self.spec.streams) if follows else None
-                group.append((block, self._trained(user, loaded, replicas[len(group)])))
-                if len(group) == len(replicas) or n + 1 == len(users):
-                    yield [(of, self._given(trained)) for of, trained in group]
-                    group.clear()
+        ahead = self.site.were_read([user for _, user in users], self.spec.streams)
+        for n, (block, user) in enumerate(users):
+            loaded, following = self._loaded(user, ahead.pop(user, None)), users[n + 1][1] if n + 1 < len(users) else None
+            if following is not None and following not in ahead and loaded.read > WORTH_A_THREAD:
+                ahead[following] = self.site.read(following, self.spec.streams)
+            group.append((block, self._trained(user, loaded, replicas[len(group)])))
+            if len(group) == len(replicas) or following is None:
+                yield [(of, self._given(trained)) for of, trained in group]
+                group.clear()
 
     def train_user(self, user: int) -> Contribution:
         """Load a user's data, train, pass the update through the chain and encode it.
@@ -124,14 +122,13 @@ class Client:
         """
         return self._given(self._trained(user, self._loaded(user), self.site.replica))
 
-    def _loaded(self, user: int, ahead: "Future[Sequence[Any]] | None" = None) -> "_Loaded":
-        start, failed = time.perf_counter(), None
-        examples: Sequence[Any] = ()
+    def _loaded(self, user: int, ahead: "Future[Read] | None" = None) -> "_Loaded":
+        start, failed, read = time.perf_counter(), None, Read((), 0.0)
         try:
-            examples = self.site.load(user, self.spec.streams) if ahead is None else ahead.result()
+            read = self.site.load(user, self.spec.streams) if ahead is None else ahead.result()
         except Exception as error:  # noqa: BLE001  of the user alone; the exception itself would keep its frames
             failed = _failed(user, error)
-        return _Loaded(examples, failed, self.site.load_seconds, time.perf_counter() - start)
+        return _Loaded(read.examples, failed, read.seconds, time.perf_counter() - start)
 
     def _trained(self, user: int, loaded: "_Loaded", replica: Replica) -> "_Trained | Contribution":
         if loaded.failed is not None:

@@ -1,8 +1,10 @@
 """How a process that computes rounds is set up: one thread, so that bits do not depend on cores, and memory kept for reuse."""
 
 import ctypes
+import os
 import resource
 import sys
+import threading
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,10 +14,19 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # numbers of glibc's malloc.h
 LARGEST_BLOCK = 32 << 20  # the most that glibc lets M_MMAP_THRESHOLD be
 KEPT = 1 << 30
 
+GIVES_WAY = 10  # the niceness of a thread that does
+
 
 def settle_thread() -> None:
     """Let torch compute on this thread alone when it is called from it: a new thread would use all cores."""
     torch.set_num_threads(1)
+
+
+def stand_back() -> None:
+    """As `settle_thread`, and let this thread give way, for good, to whatever else is to run on the machine; where Linux is its system."""
+    settle_thread()
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), GIVES_WAY)
 
 
 def settle_process() -> None:

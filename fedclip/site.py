@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fedclip.process import settle_thread
+from fedclip.process import settle_thread, stand_back
 from fedclip.replica import Replica
 from fedclip.rng import Streams
 from fedclip.tasks.base import Counts, Task
@@ -21,6 +21,14 @@ GROUP_BYTES, GROUP_USERS = 16 << 20, 8
 sum then come to a core's caches once for all of them. Together their models, frozen weights too, have at most so many bytes."""
 
 
+@dataclass(frozen=True, eq=False)
+class Read:
+    """A user's examples, and the seconds that reading them took."""
+
+    examples: Sequence[Any]
+    seconds: float
+
+
 @dataclass(eq=False)
 class Site:
     """Where users train: one task and one resident model, used for one user after another; of a small model, up to `group` of them.
@@ -29,43 +37,50 @@ class Site:
         task: the task.
         replica: the model.
         group: users whose updates may lie here before they are clipped and added, at least 1.
-        load_seconds: what reading the data of the last user took.
     """
 
     task: Task
     replica: Replica
     group: int = GROUP_USERS
-    _ahead: "tuple[tuple[int, Streams], Future[Sequence[Any]]] | None" = field(default=None, init=False)
+    _ahead: "tuple[Streams, dict[int, Future[Read]]] | None" = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self._replicas = [self.replica]
-        self.load_seconds = 0.0
+        self._readers: dict[bool, ThreadPoolExecutor] = {}
+        self._reading = list[Future[Read]]()
 
-    def load(self, user: int, streams: Streams) -> Sequence[Any]:
-        """Return a user's examples."""
+    def load(self, user: int, streams: Streams) -> Read:
+        """Read a user's examples."""
         start = time.perf_counter()
-        examples = self.task.load_user(user, streams.generator("data", user))
-        self.load_seconds = time.perf_counter() - start
-        return examples
+        return Read(self.task.load_user(user, streams.generator("data", user)), time.perf_counter() - start)
 
-    def read_ahead(self, user: int, streams: Streams) -> None:
-        """Begin to read, on a thread, the data of the user who is to be the first here in the round after that of `streams`."""
-        following, thread = replace(streams, round=streams.round + 1, attempt=0), ThreadPoolExecutor(1, "fedclip-reader", settle_thread)
-        self._ahead = (user, following), thread.submit(self.load, user, following)
-        thread.shutdown(wait=False)  # it ends with what it was given
+    def read(self, user: int, streams: Streams, *, ahead: bool = False) -> "Future[Read]":
+        """Begin to read a user's examples on a thread; `ahead`: of another round, when nothing else is to be done on the machine."""
+        if ahead not in self._readers:
+            self._readers[ahead] = ThreadPoolExecutor(1, "fedclip-reader", stand_back if ahead else settle_thread)
+        reading = self._readers[ahead].submit(self.load, user, streams)
+        self._reading = [*(other for other in self._reading if not other.done()), reading]
+        return reading
 
-    def was_read(self, user: int, streams: Streams) -> "Future[Sequence[Any]] | None":
-        """Return the data of a user that are read ahead; None where they are not. Others that were are done with: one reads at a time."""
-        ahead, self._ahead = self._ahead, None
-        if ahead is None or ahead[0] == (user, streams):
-            return ahead and ahead[1]
-        ahead[1].exception()
-        return None
+    def read_ahead(self, users: Sequence[int], streams: Streams) -> None:
+        """Begin to read the data of those who are to be the first here in the round after that of `streams`, as many as time permits."""
+        following = replace(streams, round=streams.round + 1, attempt=0)
+        self._ahead = following, {user: self.read(user, following, ahead=True) for user in users}
+
+    def were_read(self, users: Sequence[int], streams: Streams) -> "dict[int, Future[Read]]":
+        """Return the data that are read ahead of the first of some users in a round, once; nothing more is begun to be read for others."""
+        (following, read), self._ahead = self._ahead or (streams, {}), None
+        begun = {user: future for user, future in read.items() if not future.cancel()}
+        if following == streams and list(begun) == list(users[: len(begun)]):
+            return begun
+        self.settle()
+        return {}
 
     def settle(self) -> None:
-        """Wait until nothing is being read: a task is asked for one thing at a time."""
-        if self._ahead is not None:
-            self._ahead[1].exception()
+        """Wait until nothing is being read, and let nothing more be: a task is asked for one thing at a time."""
+        for reading in self._reading:
+            if not reading.cancel():
+                reading.exception()
 
     def replicas(self, users: int) -> list[Replica]:
         """Return the models that a group of users trains in: as many as there are users, at most, and always `replica` first."""

@@ -2,8 +2,9 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from logging import INFO
 from pathlib import Path
 
@@ -131,10 +132,12 @@ class Federated(Strategy):
         self._dealt = foreseen.shares
         if self._reads and getattr(grid, "pinned", False):  # who does a node's messages will do the next one too
             self._foreseen = self._deal(foresee(self.method, self._secret, self._run, spec.streams.round + 1), nodes, machines, pinned)
-        ahead = {node: share[0][1][0] for node, share in self._foreseen.shares.items()} if self._foreseen else {}
+        ahead = self._foreseen.shares if self._foreseen else {}
         model = messages.model_record(spec.params, spec.control)
         contents = {
-            node: messages.train_request(spec, share, self._recipe, self._device, self._reply, model, self._states, ahead=ahead.get(node))
+            node: messages.train_request(
+                spec, share, self._recipe, self._device, self._reply, model, self._states, ahead=_first(ahead.get(node, ()))
+            )
             for node, share in self._dealt.items()
         }
         return self._address(contents, MessageType.TRAIN, self.state.round + 1, grid)
@@ -288,6 +291,15 @@ SECONDS = ("load_seconds", "train_seconds", "chain_seconds")
 
 MEASURED = ("users", "failed_users", "read_seconds", *SECONDS)
 """Of what nodes measure, what they are known by."""
+
+
+AHEAD = 4
+"""So many users of its next share a worker reads at most while it waits for the next round: their data lie in its memory."""
+
+
+def _first(share: Sequence[Block]) -> list[int]:
+    """Return the first users of a share, in the order in which they are trained."""
+    return list(islice((user for _, users in share for user in users), AHEAD))
 
 
 def exchange(grid: Grid, out: list[Message]) -> Iterator[Message]:

@@ -1,7 +1,15 @@
-"""What a process says of its own memory."""
+"""What a process says of its own memory, and how its threads are set up."""
 
+import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from fedclip.process import stand_back
 
 CODE = """
 import subprocess, sys
@@ -27,3 +35,13 @@ def test_the_peak_is_of_this_process_and_stays_when_memory_is_freed() -> None:
     assert high >= resident - 5_000_000  # the kernel counts by batches of pages
     assert own - 5_000_000 <= peak < own + 100_000_000
     assert after >= high - 5_000_000
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a thread has no priority of its own")
+def test_a_thread_that_stands_back_leaves_the_others_alone():
+    before = os.getpriority(os.PRIO_PROCESS, 0)
+    with ThreadPoolExecutor(1, initializer=stand_back) as threads:
+        niceness = threads.submit(lambda: os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+        assert niceness.result() == 10
+        assert threads.submit(torch.get_num_threads).result() == 1
+    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == before

@@ -183,7 +183,7 @@ class Nodes(OneByOne):
         _, message = self._out.popitem()
         request, site = messages.read_train_request(message.content), self.sites[message.metadata.dst_node_id]
         reply = Message(messages.sums_reply(train_blocks(site, request.spec, request.blocks)), reply_to=message)
-        if request.ahead is not None:
+        if request.ahead:
             site.read_ahead(request.ahead, request.spec.streams)
         yield reply
 
@@ -218,28 +218,51 @@ def test_where_reading_takes_time_nodes_read_their_first_users_of_the_next_round
     assert waited == [2, 2, 0, 2], "at first nobody knows that reading takes time; then the next round's are read during this one"
 
 
-def test_data_read_ahead_are_taken_by_that_user_of_that_round_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_read_ahead_are_taken_by_those_users_of_that_round_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tests.experiments.conftest import VISION
 
     path = tmp_path / "vision.toml"
     path.write_text(VISION, encoding="utf-8")
     task, now = prepare(read_experiment(path, [])).task, Streams("s", "r", 4, 1)
     site = Site(task, Replica.of(task))
-    for user, streams, there in ((3, Streams("s", "r", 5), True), (4, Streams("s", "r", 5), False), (3, Streams("s", "r", 5, 1), False)):
-        site.read_ahead(3, now)
-        assert (site.was_read(user, streams) is not None) == there
-        assert site.was_read(user, streams) is None, "once"
+    loads, read, going = task.load_user, list[int](), threading.Semaphore(0)
 
-    def fails(user: int, rng: Any) -> Any:
-        raise OSError("no such recording")
+    def slowly(user: int, rng: Any) -> Any:
+        read.append(user)
+        assert going.acquire(timeout=60)
+        if user == 6:
+            raise OSError("no such recording")
+        return loads(user, rng)
 
-    monkeypatch.setattr(task, "load_user", fails)
-    site.read_ahead(3, now)
-    site.settle()
-    ahead = site.was_read(3, Streams("s", "r", 5))
-    assert ahead is not None
+    def ahead(users: Sequence[int], streams: Streams, done: int) -> list[int]:
+        """Return whose data are there of 3, 5 and 7, of whom `done` were read and the next one is being read."""
+        read.clear()
+        site.read_ahead((3, 5, 7), now)
+        for _ in range(done):
+            going.release()
+        while len(read) <= done:
+            time.sleep(1e-3)
+        threading.Timer(0.1, going.release).start()
+        there = site.were_read(users, streams)
+        assert site.were_read(users, streams) == {}, "once"
+        site.settle()
+        assert read == [3, 5, 7][: done + 1], "nobody else's data are read any more"
+        return list(there)
+
+    monkeypatch.setattr(task, "load_user", slowly)
+    following = Streams("s", "r", 5)
+    assert ahead((3, 5, 7, 8), following, 1) == [3, 5]
+    assert ahead((3, 8), following, 0) == [3]
+    assert ahead((3, 8), following, 1) == [], "5 is for nobody here: it is waited for"
+    assert ahead((5, 3, 7), following, 1) == [], "in this order alone are they read one after another"
+    for other in (Streams("s", "r", 5, 1), Streams("s", "r", 6), Streams("t", "r", 5)):
+        assert ahead((3, 5, 7), other, 1) == []
+    site.read_ahead((6,), now)
+    going.release()
+    while read[-1:] != [6]:
+        time.sleep(1e-3)
     with pytest.raises(OSError, match="no such recording"):
-        ahead.result()
+        site.were_read((6,), following)[6].result()
 
 
 def test_shares_that_were_foreseen_are_dealt_anew_where_a_worker_has_moved(tmp_path: Path) -> None:
