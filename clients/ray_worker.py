@@ -26,6 +26,10 @@ from clients.identity import Identity, assume
 from clients.lanes import FIRST_NODE_ID
 
 ROOM_SECONDS = 20.0  # how long to wait for cores and GPUs that others hold
+MALLOC = ("glibc.malloc.hugetlb=1", "glibc.malloc.tcache_count=1000")
+"""Memory in large pages, where the system gives them: what trains goes over whole models again and again. And as many small pieces at hand
+as an operator of a network asks for and lets go."""
+
 ClientCallable = Callable[[Message, Context], Message]
 
 
@@ -162,8 +166,7 @@ def worker_starter(app: str | ClientCallable, run_config: UserConfig, nodes: int
 
 def own_runtime() -> dict[str, Any]:
     """Return Ray's `runtime_env` for processes that run the code of this one."""
-    # Memory in large pages, where the system gives them: what trains goes over whole models again and again.
-    tunables = ":".join(filter(None, ["glibc.malloc.hugetlb=1", os.environ.get("GLIBC_TUNABLES", "")]))
+    tunables = ":".join(filter(None, [*MALLOC, os.environ.get("GLIBC_TUNABLES", "")]))
     return {"env_vars": {"OMP_NUM_THREADS": "1", "GLIBC_TUNABLES": tunables, "PYTHONPATH": os.pathsep.join(own_paths())}}
 
 
