@@ -132,9 +132,7 @@ def read_train_request(content: RecordDict) -> TrainRequest:
     control = _payload(vectors, "control") if "control" in vectors else b""
     spec = RoundSpec.from_shared(json.loads(_text(config, "spec")), model_bytes(vectors), control)
     task, device, reply, states = (_text(config, key) for key in ("task", "device", "reply", "states"))
-    ahead: Any = config.get("ahead", [])
-    if not (isinstance(ahead, list) and all(isinstance(user, int) for user in ahead)):
-        raise ValueError(f"Expected integers under 'ahead', got {ahead!r:.80}; sent by another program?")
+    ahead = _integers(config, "ahead") if "ahead" in config else []
     return TrainRequest(spec, _unpack_blocks(config), task, device, reply, states, _unpack_errand(config), tuple(ahead))
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 WORTH = 1 << 18
-"""Values of a weight from which on this takes less time than it saves."""
+"""Values of a weight from which on this takes less time than it saves where rows are few."""
 
 CHUNK = 1 << 18
 """Values of a product that are made at once: a core's second cache has them until they are measured."""
@@ -22,7 +22,8 @@ CHUNK = 1 << 18
 class LowRank(nn.Parameter):
     """A parameter while its `Products` keep it; before and after that it is an ordinary one.
 
-    Whatever is done with it but a linear layer, or asking for its form, first puts its values into their place: nobody sees any others.
+    Whatever is done with it but a linear layer, or asking for its form, first puts its values into their place. Who has kept the memory
+    itself, by an earlier view or in compiled code, does not ask.
     """
 
     products: "Products | None" = None
@@ -36,19 +37,22 @@ class LowRank(nn.Parameter):
         if func is F.linear:
             x, weight, bias = (*args, *(kwargs[name] for name in ("input", "weight", "bias")[len(args) :] if name in kwargs), None)[:3]
             if isinstance(weight, LowRank) and weight.products is not None and weight.products.take(x):
-                return _Linear.apply(x, weight, bias, weight.products)
-        if func not in FORM:
-            for parameter in _found((args, kwargs)):
-                if parameter.products is not None:
-                    parameter.products.settle()
+                rows = _Linear.apply(x if x.ndim == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1]), weight, bias, weight.products)
+                return rows if x.ndim == 2 else rows.view(*x.shape[:-1], rows.shape[-1])
+        for parameter in () if func in FORM else _found((args, kwargs)):
+            if parameter.products is not None and (func not in GRADIENT or parameter.products.pending):
+                parameter.products.settle()
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 
 
 _GRAD: Any = torch.Tensor.grad
 FORM = {getattr(torch.Tensor, name).__get__ for name in ("shape", "dtype", "device", "requires_grad", "is_leaf", "ndim")}
-FORM |= {_GRAD.__get__, _GRAD.__set__, torch.Tensor.size, torch.Tensor.numel, torch.Tensor.dim, torch.Tensor.is_floating_point}
+FORM |= {torch.Tensor.size, torch.Tensor.numel, torch.Tensor.dim, torch.Tensor.is_floating_point}
 """What asks for no values."""
+
+GRADIENT = {_GRAD.__get__, _GRAD.__set__}
+"""What asks for, or replaces, the gradient of the step, and for nothing where there is none yet."""
 
 
 class Products:
@@ -73,15 +77,24 @@ class Products:
         self._rank = self._filled = 0
         self._used, self.kept = False, False
 
+    @property
+    def pending(self) -> bool:
+        """Whether there are rows of a gradient for which no step was taken."""
+        return self.kept and self._filled > self._rank
+
     def begin(self, base: torch.Tensor) -> None:
-        """Start from a weight, shape (out * in,), which must stay as it is."""
+        """Start from a weight, shape (out * in,), which must stay as it is; one whose gradients somebody hooks is an ordinary one."""
+        self.end()
+        if self.parameter._backward_hooks or self.parameter._post_accumulate_grad_hooks:
+            self._place.copy_(base.view_as(self._place))
+            return
         self._base, self._rank, self._filled, self._used, self.kept = base.view_as(self._place), 0, 0, False, True
         self.parameter.__class__ = LowRank
         self.parameter.products = self  # type: ignore[attr-defined]
 
     def end(self) -> None:
         """Let the parameter be an ordinary one, with whatever is in its place."""
-        self.kept = False
+        self.kept, self._base = False, self._place
         if isinstance(self.parameter, LowRank):
             del self.parameter.products
             self.parameter.__class__ = nn.Parameter  # type: ignore[assignment]
@@ -95,19 +108,22 @@ class Products:
         if self._rank:
             self._place.addmm_(self._gradients[: self._rank].t(), self._inputs[: self._rank], alpha=-1.0)
         if self._filled > self._rank:
-            pending = slice(self._rank, self._filled)
-            self.parameter.grad = self._gradients[pending].t() @ self._inputs[pending]
+            rows, before = slice(self._rank, self._filled), self.parameter.grad
+            gradient = self._gradients[rows].t() @ self._inputs[rows]
+            self.parameter.grad = gradient if before is None else before + gradient
         if not self._used:  # else at the step's end: what is computed again for its backward pass must be what it was
             self.end()
 
     def take(self, x: torch.Tensor) -> bool:
         """Return whether a layer of input `x` can be computed by products; otherwise what it is computed with is in its place."""
-        plain = x.ndim > 0 and x.dtype == torch.float32 and x.device == self._place.device
+        plain = x.ndim > 0 and x.dtype == torch.float32 and x.device == self._place.device and x.layout == torch.strided
         plain = plain and not torch.is_autocast_enabled(x.device.type) and not torch._C._are_functorch_transforms_active()
-        self._used = plain and (self._used or self._filled + x.numel() // max(1, x.shape[-1]) <= self._most)
-        if not self._used:
+        if plain and not self._used:
+            self._used = self._filled + x.shape[:-1].numel() <= self._most
+        if not (plain and self._used):
             self.settle()
-        return self._used
+            return False
+        return True
 
     def forward(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Return what the layer makes of rows, shape (n, in): shape (n, out)."""
@@ -145,7 +161,9 @@ class Products:
 
     def step(self, lr: float) -> None:
         """Take a step of plain SGD with what was kept for it."""
-        if self.kept and self.parameter.grad is not None:
+        with torch._C.DisableTorchFunctionSubclass():
+            unseen = self.parameter.grad is not None
+        if unseen:
             self.settle()
         if not self.kept:
             self.end()
@@ -170,20 +188,23 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, products: Products) -> torch.Tensor:
         ctx.products = products
         ctx.save_for_backward(x)
-        return products.forward(x.reshape(-1, x.shape[-1]), bias).view(*x.shape[:-1], -1)
+        return products.forward(x, bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, None]:
         (x,), products = ctx.saved_tensors, ctx.products
-        rows, of_rows = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
         to_x, _, to_bias, _ = ctx.needs_input_grad
-        # Where the gradient is to be differentiated in its turn, it has to know of the weight.
-        if torch.is_grad_enabled() or not products.kept or not products.add(rows, of_rows):
+        node = ctx.next_functions[1][0]  # where the gradient of the weight would go
+        if torch.is_grad_enabled():  # to be differentiated in its turn, the gradient has to know of the weight
+            products.settle()
+        wanted = node is not None and (not products.kept or torch._C._will_engine_execute_node(node))
+        if products.kept and wanted and not products.add(x, gradient):
             products.settle()
         before = None
         if to_x:
-            before = (products.back(of_rows) if products.kept else of_rows @ products.parameter).view_as(x)
-        return before, None if products.kept else of_rows.t() @ rows, of_rows.sum(0) if to_bias else None, None
+            before = products.back(gradient) if products.kept else gradient @ products.parameter
+        to_weight = gradient.t() @ x if wanted and not products.kept else None
+        return before, to_weight, gradient.sum(0) if to_bias else None, None
 
 
 def _found(values: Any) -> Iterator[LowRank]:

@@ -14,7 +14,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # numbers of glibc's malloc.h
 LARGEST_BLOCK = 32 << 20  # the most that glibc lets M_MMAP_THRESHOLD be
 KEPT = 1 << 30
 
-GIVES_WAY = 10  # the niceness of a thread that does
+GIVES_WAY = 10  # the niceness of a thread that does, at least
 
 
 def settle_thread() -> None:
@@ -26,7 +26,9 @@ def stand_back() -> None:
     """As `settle_thread`, and let this thread give way, for good, to whatever else is to run on the machine; where Linux is its system."""
     settle_thread()
     if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), GIVES_WAY)
+        thread = threading.get_native_id()
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, thread, max(GIVES_WAY, os.getpriority(os.PRIO_PROCESS, thread)))
 
 
 def settle_process() -> None:

@@ -22,31 +22,34 @@ WORTH_TURNING = 1 << 16
 
 
 class Replica:
-    """One resident model that trains many users one after another: a reset is one copy, a delta one subtraction.
+    """One resident model that trains many users one after another: a beginning is one copy, what has moved one subtraction.
 
     Args:
         model: the model; it is moved to the device and to float32, and belongs to the replica from here on.
         device: `"cpu"`, `"cuda"` or `"cuda:N"`.
         channels_last: whether the weights of 2-D convolutions lie channels last, which makes these a fifth faster on a CPU; what goes
             through the model lies that way too, so that its code must not take a `view` of it where `reshape` or `flatten` is right.
+        low_rank: whether the weights of large linear layers may be kept as products in plain steps (`fedclip.low_rank`): nobody keeps
+            their memory, or reads it in compiled code.
 
     Attributes:
         model: the module, whose parameters are views of `params`.
         layout: its layout, one layer a tensor.
-        params: flat parameters, float32, shape (d,); where `channels_last`, the values within each such weight are in another order than
-            the layout's.
+        params: flat parameters, float32, shape (d,), but for what is kept as products, from `begin` to `moved`; where `channels_last`, the
+            values within each such weight are in another order than the layout's.
         grads: flat gradients, in the order of `params`; every `backward` adds into it.
     """
 
-    def __init__(self, model: nn.Module, device: str = "cpu", *, channels_last: bool = False) -> None:
-        self.model, self._channels_last = model.to(device=device, dtype=torch.float32), channels_last
+    def __init__(self, model: nn.Module, device: str = "cpu", *, channels_last: bool = False, low_rank: bool = False) -> None:
+        self.model, self._channels_last, self._low_rank = model.to(device=device, dtype=torch.float32), channels_last, low_rank
         self.layout = Layout.of(self.model)
         self.params = torch.empty(self.layout.size, device=device)
         self.grads = torch.zeros_like(self.params)
         turned = {id(m.weight) for m in self.model.modules() if channels_last and isinstance(m, nn.Conv2d)}
         trainable = [p for p in self.model.parameters() if p.requires_grad]
         self._turned = list[tuple[slice, torch.Size]]()
-        linear = {id(m.weight) for m in self.model.modules() if type(m) is nn.Linear}
+        compiled = any(isinstance(m, torch.jit.ScriptModule) for m in self.model.modules())
+        linear = {id(m.weight) for m in self.model.modules() if low_rank and not compiled and type(m) is nn.Linear}
         self._products, self._others, start, after = list[tuple[slice, Products]](), list[tuple[slice, torch.Tensor]](), 0, 0
         for parameter, size in zip(trainable, self.layout.sizes, strict=True):
             place, shape, initial = slice(start, start + size), parameter.shape, parameter.detach()
@@ -62,15 +65,16 @@ class Replica:
                 after = start
         self._others.append((slice(after, start), self.params[after:start]))
         self._trainable, self._gradients, self._flat = trainable, [p.grad for p in trainable], True
-        self._values, self._modules = [p.detach() for p in trainable], list(self.model.modules())
+        self._values = [p.detach() for p in trainable]
         self._buffers = [(b, b.clone()) for b in self.model.buffers()]
         self._scratch: dict[str, torch.Tensor] = {}
         self._pools = bool(turned)  # until a loss shows that they do not, or too little to look for: bits are the same
 
     @classmethod
-    def of(cls, task: Task, device: str = "cpu") -> Self:
-        """Return a replica of a task's model, its weights as the task says they may lie."""
-        return cls(task.make_model(), device, channels_last=bool(getattr(task, "channels_last", False)))
+    def of(cls, task: Task, device: str = "cpu", *, low_rank: bool = True) -> Self:
+        """Return a replica of a task's model, its weights as the task says they may lie; `low_rank`: also those of linear layers."""
+        channels_last, products = (bool(getattr(task, name, False)) for name in ("channels_last", "low_rank"))
+        return cls(task.make_model(), device, channels_last=channels_last, low_rank=low_rank and products)
 
     def twin(self, task: Task) -> "Replica | None":
         """Return another replica of a task's model, on the same device and with its weights lying the same way.
@@ -80,7 +84,7 @@ class Replica:
         model, mine = task.make_model(), {id(parameter) for parameter in self.model.parameters()}
         if any(id(parameter) in mine for parameter in model.parameters()):
             return None
-        return Replica(model, str(self.params.device), channels_last=self._channels_last)
+        return Replica(model, str(self.params.device), channels_last=self._channels_last, low_rank=self._low_rank)
 
     @property
     def bytes(self) -> int:
@@ -103,7 +107,7 @@ class Replica:
 
     def train(self) -> None:
         """Put the model, where any of it is not, into the mode for training."""
-        if not all(module.training for module in self._modules):
+        if not all(module.training for module in self.model.modules()):
             self.model.train()
 
     def clear_gradients(self) -> None:

@@ -47,7 +47,7 @@ class Site:
     def __post_init__(self) -> None:
         self._replicas = [self.replica]
         self._readers: dict[bool, ThreadPoolExecutor] = {}
-        self._reading = list[Future[Read]]()
+        self._reading = set[Future[Read]]()
 
     def load(self, user: int, streams: Streams) -> Read:
         """Read a user's examples."""
@@ -59,7 +59,8 @@ class Site:
         if ahead not in self._readers:
             self._readers[ahead] = ThreadPoolExecutor(1, "fedclip-reader", stand_back if ahead else settle_thread)
         reading = self._readers[ahead].submit(self.load, user, streams)
-        self._reading = [*(other for other in self._reading if not other.done()), reading]
+        self._reading.add(reading)
+        reading.add_done_callback(self._reading.discard)
         return reading
 
     def read_ahead(self, users: Sequence[int], streams: Streams) -> None:
@@ -70,15 +71,15 @@ class Site:
     def were_read(self, users: Sequence[int], streams: Streams) -> "dict[int, Future[Read]]":
         """Return the data that are read ahead of the first of some users in a round, once; nothing more is begun to be read for others."""
         (following, read), self._ahead = self._ahead or (streams, {}), None
-        begun = {user: future for user, future in read.items() if not future.cancel()}
-        if following == streams and list(begun) == list(users[: len(begun)]):
-            return begun
+        begun = [user for user in reversed(read) if not read[user].cancel()][::-1]  # from the end: the thread goes the other way
+        if begun and following == streams and begun == list(users[: len(begun)]):
+            return {user: read[user] for user in begun}
         self.settle()
         return {}
 
     def settle(self) -> None:
         """Wait until nothing is being read, and let nothing more be: a task is asked for one thing at a time."""
-        for reading in self._reading:
+        for reading in list(self._reading):
             if not reading.cancel():
                 reading.exception()
 

@@ -126,7 +126,7 @@ def measure(method: Method, task: Task, user: int, rounds: int, secret: str, run
         TrialError: the user has no data, or its data or the task raised.
     """
     one_step = dataclasses.replace(method, local=dataclasses.replace(method.local, steps=1, epochs=None))
-    site = Site(task, Replica.of(task, device))
+    site = Site(task, Replica.of(task, device, low_rank=False))  # what is saved is not the same for one step as for many
     layout, params = site.replica.layout, site.replica.taken().cpu()  # no copy on a CPU: it is encoded before anything is trained
     plan = begin(one_step, ServerState(params, None, thresholds=method.thresholds(layout)), layout, secret, run)
     sent = _send(site, plan.spec, method, user, rounds)

@@ -38,7 +38,7 @@ class UserImages(Sequence[workload.Batch]):
 class ImagesTask:
     """Random images, which nothing can be learnt from (see `fedclip.tasks.base.Task` for what each method promises)."""
 
-    held_out_units, channels_last = 1, True
+    held_out_units, channels_last, low_rank = 1, True, True
 
     def __init__(self, model: str, users: int) -> None:
         self.model, self.users = model, users

@@ -21,7 +21,8 @@ class Task(Protocol):
     A task whose batches are not tensors with the examples along the first dimension may have one more method, for `micro_batch`:
     `split(batch, most)` returns the batch in pieces of at most `most` examples, each with its number of examples.
 
-    A task may have an attribute `channels_last`: True says that its model runs with the weights of its 2-D convolutions channels last.
+    A task may have an attribute `channels_last`: True says that its model runs with the weights of its 2-D convolutions channels last; and
+    an attribute `low_rank`: True says that nobody keeps the memory of the weights of its linear layers (see `fedclip.low_rank`).
     """
 
     @property
@@ -39,7 +40,8 @@ class Task(Protocol):
         """Return the training examples of a user. `rng` is this user's stream of this round.
 
         It may be called on the training thread or on another one, while `batches` and `loss` train the user before, or between rounds;
-        never for two users at once, nor while another method is asked for something else. What it returns may go unused.
+        never for two users at once, nor while another method is asked for something else. What it returns may go unused, and must stay as
+        it is while others are read: those of several users may lie there at once.
 
         An attribute `left_out` of what is returned, where there is one, counts what could not be used; `faults` says of what could
         not be read where it is and why, a line each.

@@ -105,7 +105,7 @@ class VisionTask:
         ConfigError: more users than training images, a partition that cannot be made, or images that are too small for the model.
     """
 
-    channels_last = True
+    channels_last = low_rank = True
 
     def __init__(
         self, images: np.ndarray, labels: np.ndarray, users: int, options: VisionOptions, seed: int, held_out: int | None = None

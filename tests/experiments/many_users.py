@@ -15,7 +15,7 @@ WIDTH = 1000
 class Lines:
     """Linear regression on noise."""
 
-    channels_last = False
+    channels_last, low_rank = False, True
 
     def __init__(self, users: int) -> None:
         self.users, self.held_out_units = users, 1

@@ -257,6 +257,12 @@ def test_data_read_ahead_are_taken_by_those_users_of_that_round_alone(tmp_path: 
     assert ahead((5, 3, 7), following, 1) == [], "in this order alone are they read one after another"
     for other in (Streams("s", "r", 5, 1), Streams("s", "r", 6), Streams("t", "r", 5)):
         assert ahead((3, 5, 7), other, 1) == []
+    abandoned = site.read(8, now)
+    while read[-1:] != [8]:
+        time.sleep(1e-3)
+    threading.Timer(0.1, going.release).start()
+    assert site.were_read((3,), following) == {}
+    assert abandoned.done(), "a round that was left while it read: nobody reads beside it"
     site.read_ahead((6,), now)
     going.release()
     while read[-1:] != [6]:
