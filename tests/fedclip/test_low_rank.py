@@ -168,8 +168,11 @@ def mapped(model, x, made):
 
 
 def cast(model, x, made):
+    h = torch.tanh(model.first(x))
     with torch.autocast("cpu", torch.bfloat16):
-        return made + model.large(torch.tanh(model.first(x))).float().sum()
+        h = model.large(h)
+    assert h.dtype == torch.bfloat16
+    return made + h.float().sum() / 10
 
 
 def decayed(model, x, made):
@@ -411,9 +414,30 @@ def test_nothing_is_left_of_one_user_for_the_next(monkeypatch):
         local.train(replica, Rows(), examples(6), np.random.default_rng(0))
         assert torch.equal(replica.moved(start).vector, first)
     replica.begin(start)
+    replica.load(start + 1)
+    assert torch.equal(replica.values(), start + 1)
+    replica.begin(start)
     replica.load(start)
     local.train(replica, Rows(), examples(6), np.random.default_rng(0))
     torch.testing.assert_close(start - replica.values(), first, atol=2e-7, rtol=2e-5)
+
+
+def test_a_gradient_without_its_step_is_forgotten(monkeypatch):
+    monkeypatch.setattr(module, "WORTH", 1000)
+    moved = []
+    for before in (1.0, 2.0):
+        replica = Replica(Net(), low_rank=True)
+        replica.flat_gradients = False
+        start = torch.linspace(-0.1, 0.1, replica.layout.size)
+        replica.begin(start)
+        for x in (before, 3.0):
+            replica.clear_gradients()
+            replica.backward(replica.model(torch.full((2, 5), x)).square().mean())
+        replica.descend(0.1)
+        assert [products.kept for _, products in replica._products] == [True]
+        moved.append(replica.moved(start).vector)
+    assert moved[0].any()
+    assert torch.equal(*moved)
 
 
 @pytest.mark.parametrize("local", [{"clip_norm": 1.0}, {"momentum": 0.5}, {"optimizer": "adamw"}, {"weight_decay": 0.1}, {"accumulate": 2}])
