@@ -67,7 +67,7 @@ class Dense:
         vector: float32, shape (d,).
         grid: where the values lie, None for any float32 numbers.
         energies: the sum of the squares of each whole row of `ROW` coordinates, as float32 arithmetic rounds it, float32, shape
-            (d // ROW,), where `difference` has summed them. In a chain they go no further than a clip at its beginning.
+            (d // ROW,), where `measured` has summed them. In a chain they go no further than a clip at its beginning.
     """
 
     vector: torch.Tensor
@@ -184,11 +184,6 @@ def measured(vector: torch.Tensor, filled: Iterable[int]) -> Dense:
     update = Dense(vector)
     object.__setattr__(update, "energies", energies)
     return update
-
-
-def difference(before: torch.Tensor, after: torch.Tensor) -> Dense:
-    """Return `before - after`, both float32, shape (d,), in the place of `after`; on the CPU with its energies, in one pass over memory."""
-    return measured(after, subtracted(before, after))
 
 
 def subtracted(before: torch.Tensor, after: torch.Tensor) -> Iterator[int]:

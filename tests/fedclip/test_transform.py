@@ -11,7 +11,7 @@ from fedclip.clipping import ClipByGlobalNorm, ClipPerLayer
 from fedclip.dgc import DGC
 from fedclip.sparsify import RandomK
 from fedclip.transform import UNBOUNDED, Bound, Chain, Step, Transform, chain, with_error_feedback
-from fedclip.update import Dense, difference, is_finite, norm, to_dense
+from fedclip.update import Dense, is_finite, measured, norm, to_dense
 from tests.stages_of_tests import Amplify, Round, TopK
 from tests.strategies_of_data import context, flat
 
@@ -158,7 +158,7 @@ CHANGES = {
 @pytest.mark.parametrize("clipped_before", [False, True])
 def test_what_was_measured_of_an_update_is_never_taken_for_that_of_another(change, clip, clipped_before):
     layout = flat(1000, 24)
-    update = difference(torch.zeros(1024), torch.full((1024,), 1e-2))
+    update = measured(torch.full((1024,), -1e-2), (1024,))
     assert update.energies is not None
     stages = chain(*([ClipByGlobalNorm(9.0)] if clipped_before else []), Changed(change), clip)
     clipped = stages.apply(update, stages.init(layout), context(layout)).update

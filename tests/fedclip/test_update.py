@@ -15,17 +15,18 @@ from fedclip.update import (
     Dense,
     Sparse,
     add,
-    difference,
     finite_or_zero,
     is_finite,
     layer_norms,
     layer_sparsity,
+    measured,
     norm,
     pieces,
     quick_layer_norms,
     scale,
     scale_layers,
     subtract,
+    subtracted,
     to_dense,
     values_of,
 )
@@ -160,7 +161,7 @@ def test_layers_of_a_sparse_update_are_as_if_done_one_by_one(case, seed):
 def test_a_difference_is_that_of_torch_in_place_and_its_norms_are_those_of_its_vector(size):
     before, after = (torch.from_numpy(np.random.default_rng(n).standard_normal(size).astype(np.float32)) for n in (1, 2))
     expected, layout = before - after, Layout.of(torch.nn.ParameterList([torch.nn.Parameter(torch.zeros(size))]))
-    update = difference(before, after)
+    update = measured(after, subtracted(before, after))
     assert update.vector is after
     assert torch.equal(after, expected)
     assert is_finite(update)
@@ -173,11 +174,12 @@ def test_a_difference_is_that_of_torch_in_place_and_its_norms_are_those_of_its_v
 def test_a_difference_that_is_not_finite_is_seen_in_rows_and_after_them(at, bad):
     after = torch.zeros(SPAN + 2 * ROW + 3)
     after[at] = bad
-    assert not is_finite(difference(torch.zeros_like(after), after))
+    assert not is_finite(measured(after, subtracted(torch.zeros_like(after), after)))
 
 
 def test_squares_that_overflow_make_no_difference_infinite():
-    update = difference(torch.zeros(3 * ROW + 1), torch.full((3 * ROW + 1,), 1e38))
+    after = torch.full((3 * ROW + 1,), 1e38)
+    update = measured(after, subtracted(torch.zeros_like(after), after))
     assert not np.isfinite(update.energies).any()
     assert is_finite(update)
     assert finite_or_zero(update) == (update, True)
