@@ -9,6 +9,7 @@ from fedclip.config import CentralOptions
 from fedclip.inplace import InPlace, clip_factor
 from fedclip.layout import Layout
 from fedclip.method import ServerState
+from fedclip.process import flushed
 from fedclip.replica import Replica
 from fedclip.rng import Streams
 from fedclip.round import Outcome, Released
@@ -86,7 +87,7 @@ class Central:
     def _user(self, user: int, streams: Streams) -> Tally:
         replica, task, local = self._site.replica, self._site.task, self._prepared.method.local
         lr, losses = Schedule.of(self._prepared.experiment.central.lr)(streams.round), list[float]()
-        with streams.torch_seeded("training", user, self._prepared.experiment.run.device):
+        with flushed(), streams.torch_seeded("training", user, self._prepared.experiment.run.device):
             examples = task.load_user(user, streams.generator("data", user))
             for of_step, finite in local.gradients(replica, task, examples, streams.generator("batches", user)):
                 losses += [float(loss) for loss in of_step]

@@ -16,6 +16,7 @@ from fedclip.collector import Collector, Contribution, Partial, pack_bits
 from fedclip.control import fresh_state, gradients_moved, next_of_user
 from fedclip.local import LocalSGD
 from fedclip.method import user_weight
+from fedclip.process import flushed
 from fedclip.replica import Replica
 from fedclip.site import WORTH_A_THREAD, Read, Site
 from fedclip.spec import Block, RoundSpec
@@ -163,7 +164,7 @@ class Client:
             state, own = state[0], state[1].to(self.control.device)
         correction = None if self.control is None or own is None else replica.arranged(self.control - own)
         replica.begin(self._arranged)
-        with streams.torch_seeded("training", user, str(replica.params.device)):
+        with flushed(), streams.torch_seeded("training", user, str(replica.params.device)):
             loss = self.local.train(replica, self.site.task, examples, streams.generator("batches", user), correction)
         # In the place of the parameters, which the next user's training sets anew: of a large model a vector is gigabytes.
         delta = replica.moved(self.params)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fedclip.process import settle_thread, stand_back
+from fedclip.process import flushed, settle_thread, stand_back
 from fedclip.replica import Replica
 from fedclip.rng import Streams
 from fedclip.tasks.base import Counts, Task
@@ -102,5 +102,5 @@ def evaluate_units(site: Site, params: torch.Tensor, units: Iterable[int]) -> li
     site.settle()
     site.replica.load(params.to(site.replica.params.device))
     site.replica.model.eval()
-    with torch.inference_mode():
+    with flushed(), torch.inference_mode():
         return [(unit, site.task.evaluate(site.replica.model, unit)) for unit in units]

@@ -9,7 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from fedclip.process import stand_back
+from experiments.central import Central
+from experiments.contestants.task import experiment_of
+from experiments.prepare import prepare
+from fedclip.process import flushed, stand_back
+from fedclip.simulation import InProcess
 
 CODE = """
 import subprocess, sys
@@ -45,3 +49,41 @@ def test_a_thread_that_stands_back_leaves_the_others_alone():
         assert niceness.result() == 10
         assert threads.submit(torch.get_num_threads).result() == 1
     assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == before
+
+
+def faint():
+    """Whether this thread has a number under 2^-126 in float32."""
+    return bool((torch.full((9,), 1e-30) * 1e-10).any())
+
+
+def test_numbers_too_small_for_their_digits_are_zeros_inside_the_block_alone():
+    def fails():
+        with flushed():
+            assert not faint()
+            raise OSError("the disk is gone")
+
+    assert faint()
+    with pytest.raises(OSError, match="the disk"):
+        fails()
+    assert faint()
+
+
+@pytest.mark.parametrize("engine", ["federated", "central"])
+def test_users_train_and_units_are_evaluated_without_them(engine, monkeypatch):
+    prepared, seen = prepare(experiment_of("mlp", 2, 100, 1, "cpu", "process", "sums")), list[tuple[str, bool]]()
+    loss = prepared.task.loss
+
+    def watched(model, batch):
+        seen.append(("loss", faint()))
+        value = loss(model, batch)
+        value.register_hook(lambda gradient: seen.append(("backward", faint())))
+        return value
+
+    monkeypatch.setattr(prepared.task, "loss", watched)
+    monkeypatch.setattr(prepared.task, "evaluate", lambda model, unit: seen.append(("evaluate", faint())) or {})
+    monkeypatch.setattr(prepared.task, "summarise", lambda counts, seed: {})
+    runs = InProcess(prepared.method, prepared.task, "s", "r") if engine == "federated" else Central(prepared)
+    runs.round()
+    runs.evaluate_units()
+    assert set(seen) == {("loss", False), ("backward", False), ("evaluate", False)}
+    assert faint()
