@@ -3,6 +3,7 @@
 import logging
 import math
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -106,10 +107,11 @@ class Client:
         """
         users = [(block, user) for block, members in blocks for user in members]
         replicas, group = self.site.replicas(len(users)), list[tuple[int, _Trained | Contribution]]()
-        ahead = self.site.were_read([user for _, user in users], self.spec.streams)
+        ahead, there = self.site.were_read([user for _, user in users], self.spec.streams), deque[_Loaded]()
         for n, (block, user) in enumerate(users):
-            loaded, following = self._loaded(user, ahead.pop(user, None)), users[n + 1][1] if n + 1 < len(users) else None
-            if following is not None and following not in ahead and loaded.read > WORTH_A_THREAD:
+            there = there or self._some_loaded([user for _, user in users[n : n + len(replicas) - len(group)]], ahead)
+            loaded, following = there.popleft(), users[n + 1][1] if n + 1 < len(users) else None
+            if following is not None and not there and following not in ahead and loaded.read > WORTH_A_THREAD:
                 ahead[following] = self.site.read(following, self.spec.streams)
             group.append((block, self._trained(user, loaded, replicas[len(group)])))
             if len(group) == len(replicas) or following is None:
@@ -122,6 +124,13 @@ class Client:
         Whatever the user's data or the task raises makes the user a failed one, never the round.
         """
         return self._given(self._trained(user, self._loaded(user), self.site.replica))
+
+    def _some_loaded(self, users: Sequence[int], ahead: "dict[int, Future[Read]]") -> "deque[_Loaded]":
+        """Load the data of the first of some users, and of those after it as long as that takes next to nothing: code for it is at hand."""
+        loaded = deque([self._loaded(users[0], ahead.pop(users[0], None))])
+        while len(loaded) < len(users) and loaded[-1].read <= WORTH_A_THREAD:
+            loaded.append(self._loaded(users[len(loaded)], ahead.pop(users[len(loaded)], None)))
+        return loaded
 
     def _loaded(self, user: int, ahead: "Future[Read] | None" = None) -> "_Loaded":
         start, failed, read = time.perf_counter(), None, Read((), 0.0)

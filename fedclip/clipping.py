@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar, get_args
 
 from fedclip.choices import Grouping, Mode, Split
@@ -133,18 +134,10 @@ class ClipPerLayer(Transform):
             ValueError: the number of weights is not the number of layers.
         """
         sizes = layout.layer_sizes
-        if self.split == "weights":
-            if len(self.weights) != len(sizes):
-                names = ", ".join(layout.layer_names)
-                raise ValueError(f"Expected {len(sizes)} weights, one for each of the layers {names}; got {len(self.weights)}.")
-            largest = max(self.weights)
-            squares = [(w / largest) ** 2 if d else 0.0 for w, d in zip(self.weights, sizes, strict=True)]
-        elif self.split == "dim":
-            squares = [float(d) for d in sizes]
-        else:
-            squares = [float(d > 0) for d in sizes]
-        total = math.fsum(squares) or 1.0
-        return tuple(self.max_norm * math.sqrt(s / total) for s in squares)
+        if self.split == "weights" and len(self.weights) != len(sizes):
+            names = ", ".join(layout.layer_names)
+            raise ValueError(f"Expected {len(sizes)} weights, one for each of the layers {names}; got {len(self.weights)}.")
+        return _bounds(self.max_norm, self.split, self.weights, sizes)
 
     def apply(self, update: Update, state: State, ctx: Ctx) -> Step:
         """Return the clipped update; measures `update_norm`, `clipped` (of any layer), `layer_norm` and `layer_clipped`."""
@@ -193,6 +186,20 @@ class ClipPerLayer(Transform):
     def guard(self) -> Transform:
         """The same projection in `clip` mode, the global one in `normalize` mode."""
         return self if self.mode == "clip" else ClipByGlobalNorm(self.max_norm)
+
+
+@lru_cache(maxsize=64)
+def _bounds(max_norm: float, split: Split, weights: tuple[float, ...], sizes: tuple[int, ...]) -> tuple[float, ...]:
+    """Return each layer's part of a bound, for layers of so many elements; kept, as it is asked for with every user."""
+    if split == "weights":
+        largest = max(weights)
+        squares = [(w / largest) ** 2 if d else 0.0 for w, d in zip(weights, sizes, strict=True)]
+    elif split == "dim":
+        squares = [float(d) for d in sizes]
+    else:
+        squares = [float(d > 0) for d in sizes]
+    total = math.fsum(squares) or 1.0
+    return tuple(max_norm * math.sqrt(s / total) for s in squares)
 
 
 def _near(norm: float, max_norm: float) -> bool:

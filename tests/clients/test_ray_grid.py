@@ -309,18 +309,21 @@ def test_a_closed_grid_says_so_and_gives_the_identity_back(ray_session):
 
 
 DRIVER = """
-import signal, sys, time
+import os, signal, sys, time
+from pathlib import Path
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs in the background with it ignored
 sys.path.insert(0, sys.argv[1])
 from flwr.app import ConfigRecord, Message, RecordDict
 from clients.ray_grid import RayGrid
 try:
-    with RayGrid("tests.clients.apps:app", nodes=2, workers=2, log_to_driver=True) as grid:
+    with RayGrid("tests.clients.apps:app", nodes=2, workers=2, log_to_driver=sys.argv[2] == "log") as grid:
         def send(seconds):
             content = RecordDict({"config": ConfigRecord({"seconds": seconds})})
             return grid.send_and_receive([Message(content, dst_node_id=node, message_type="query.sleep") for node in grid.get_node_ids()])
         send(0.0)
-        print("ready", flush=True)
+        children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+        programs = {Path(part).name for child in children for part in Path(f"/proc/{child}/cmdline").read_text().split("\\0")}
+        print(*sorted(programs & {"gcs_server", "raylet", "log_monitor.py", "monitor.py", "dashboard.py"}), flush=True)
         send(60.0)
 except KeyboardInterrupt:
     print("interrupted", flush=True)
@@ -328,15 +331,17 @@ except KeyboardInterrupt:
 """
 
 
-def test_ctrl_c_ends_a_driver_in_another_folder_promptly_and_quietly(tmp_path):
+@pytest.mark.parametrize("log", ["log", "quiet"])
+def test_ctrl_c_ends_a_driver_in_another_folder_promptly_and_quietly(tmp_path, log):
     root = Path(__file__).resolve().parents[2]
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    command = [sys.executable, "-c", DRIVER, str(root)]
+    command = [sys.executable, "-c", DRIVER, str(root), log]
     driver = subprocess.Popen(
         command, cwd=tmp_path, env=environment, text=True, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
     assert driver.stdout is not None
-    assert driver.stdout.readline() == "ready\n"
+    passes_on = "log_monitor.py " if log == "log" else ""
+    assert driver.stdout.readline() == f"gcs_server {passes_on}raylet\n", "what nobody has a use for was ended"
     begun = time.monotonic()
     os.killpg(driver.pid, signal.SIGINT)
     out, error = driver.communicate(timeout=20)

@@ -4,6 +4,8 @@ import dataclasses
 import json
 import math
 import random
+import threading
+import time
 import tracemalloc
 
 import numpy as np
@@ -24,7 +26,7 @@ from fedclip.round import advance, begin, deal, finish, release
 from fedclip.sampling import Poisson
 from fedclip.schedules import Schedule
 from fedclip.simulation import initial_params
-from fedclip.site import GROUP_BYTES, GROUP_USERS, Site, evaluate_units
+from fedclip.site import GROUP_BYTES, GROUP_USERS, WORTH_A_THREAD, Site, evaluate_units
 from fedclip.sparsify import CommonMask, RandomK, TopK
 from fedclip.spec import RoundSpec
 from fedclip.stages import gaussian, local_sgd, poisson
@@ -538,3 +540,31 @@ def test_a_group_has_as_many_models_as_fit_frozen_weights_counted_and_none_where
     with torch.no_grad():
         task.same.weight.fill_(7.0)
     assert before.tolist() == [7.0, 7.0], "its weights are still those of the replica"
+
+
+def test_data_that_are_quick_to_read_are_read_for_a_group_of_users_at_once_and_none_beyond_one_that_takes_time(monkeypatch):
+    task, events = Line(), list[str]()
+    load, loss = task.load_user, task.loss
+
+    def loaded(user, rng):
+        here = threading.current_thread() is threading.main_thread()
+        events.append(f"{user}" if here else f"{user} by a thread")
+        time.sleep(2 * WORTH_A_THREAD if user == 0 else 0)
+        return load(user, rng)
+
+    def trained(model, batch):
+        if events[-1] != "training":
+            events.append("training")
+        return loss(model, batch)
+
+    monkeypatch.setattr(task, "load_user", loaded)
+    monkeypatch.setattr(task, "loss", trained)
+    for users, read in (
+        ((5, 4, 3, 1), ["5", "4", "3", "1"]),
+        ((5, 0, 3, 1), ["5", "0", "3 by a thread", "1"]),
+        ((0, 4, 3, 1), ["0", "4 by a thread", "3", "1"]),
+    ):
+        events.clear()
+        assert train_blocks(Site(task, Replica.of(task), group=2), spec_of(averaging(), task)[0], [(0, users)]).users == 4
+        assert [event for event in events if event != "training"] == read
+        assert 0 in users or events == ["5", "4", "training", "3", "1", "training"]
