@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
+import numpy as np
 import torch
 
 from fedclip.codec import Codec
@@ -51,9 +52,13 @@ class _Trained:
 
 @dataclass(frozen=True, eq=False)
 class _Loaded:
-    """A user's examples, or the contribution of one whose data cannot be loaded, and how long reading them took, and training waited."""
+    """A user's examples, or the contribution of one whose data cannot be loaded, and how long reading them took, and training waited.
+
+    `order` is the user's stream for the order of batches.
+    """
 
     examples: Sequence[Any]
+    order: np.random.Generator
     failed: Contribution | None
     read: float
     waited: float
@@ -138,7 +143,7 @@ class Client:
             read = self.site.load(user, self.spec.streams) if ahead is None else ahead.result()
         except Exception as error:  # noqa: BLE001  of the user alone; the exception itself would keep its frames
             failed = _failed(user, error)
-        return _Loaded(read.examples, failed, read.seconds, time.perf_counter() - start)
+        return _Loaded(read.examples, self.spec.streams.generator("batches", user), failed, read.seconds, time.perf_counter() - start)
 
     def _trained(self, user: int, loaded: "_Loaded", replica: Replica) -> "_Trained | Contribution":
         if loaded.failed is not None:
@@ -174,7 +179,7 @@ class Client:
         correction = None if self.control is None or own is None else replica.arranged(self.control - own)
         replica.begin(self._arranged)
         with flushed(), streams.torch_seeded("training", user, str(replica.params.device)):
-            loss = self.local.train(replica, self.site.task, examples, streams.generator("batches", user), correction)
+            loss = self.local.train(replica, self.site.task, examples, loaded.order, correction)
         # In the place of the parameters, which the next user's training sets anew: of a large model a vector is gigabytes.
         delta = replica.moved(self.params)
         weight = user_weight(len(examples), self.spec.weighting, self.spec.max_examples)

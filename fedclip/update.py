@@ -16,13 +16,14 @@ FLOAT32_FACTORS = (1e-30, 1e30)
 
 
 BLOCK = 1 << 18
-"""Coordinates that `blockwise` looks at in one step: what it needs on the way fits a core's caches."""
+"""Coordinates that are packed, or unpacked, in one step."""
 
 LARGE = 1 << 24
 """Coordinates from which on memory comes before time: 64 MB of float32."""
 
 SPAN = 1 << 15
-"""Coordinates that are summed, or brought onto a grid, in one step: what it takes, float64 numbers too, a core's second cache holds."""
+"""Coordinates that are summed, brought onto a grid, or looked at by `blockwise` in one step: what it takes, float64 numbers too, a core's
+second cache holds."""
 
 NORM_ERROR = 8e-6
 """What a quick norm is off by at most, relatively: half of the `ROW` = 256 roundings of 2^-24 of its squares' sum, however ordered."""
@@ -155,7 +156,7 @@ def decoded(codes: torch.Tensor, scales: torch.Tensor, lengths: Sequence[int]) -
 def blockwise(function: Callable[..., torch.Tensor], *vectors: torch.Tensor) -> torch.Tensor:
     """Return an elementwise function of vectors of one shape and type, block by block, so that what it needs on the way takes no room."""
     result = torch.empty_like(vectors[0])
-    for out, *parts in zip(torch.split(result, BLOCK), *(torch.split(v, BLOCK) for v in vectors), strict=True):
+    for out, *parts in zip(torch.split(result, SPAN), *(torch.split(v, SPAN) for v in vectors), strict=True):
         out.copy_(function(*parts))
     return result
 
