@@ -27,9 +27,16 @@ from clients.identity import Identity, assume
 from clients.lanes import FIRST_NODE_ID
 
 ROOM_SECONDS = 20.0  # how long to wait for cores and GPUs that others hold
-MALLOC = ("glibc.malloc.hugetlb=1", "glibc.malloc.tcache_count=1000")
-"""Memory in large pages, where the system gives them: what trains goes over whole models again and again. And as many small pieces at hand
-as an operator of a network asks for and lets go."""
+JEMALLOC = Path(ray.__file__).parent / "core" / "libjemalloc.so"
+"""The allocator that Ray brings, where it does: small networks train in 0.95 of the time that they take with glibc's."""
+
+MALLOC = {
+    "MALLOC_CONF": "thp:always,dirty_decay_ms:-1,muzzy_decay_ms:-1,oversize_threshold:0,narenas:1",
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.tcache_count=1000",
+}
+"""How workers ask for memory, of either allocator: in large pages, where the system gives them, as what trains goes over whole models again
+and again; with as many small pieces at hand as an operator of a network asks for and lets go; and nothing is handed back. What the driver's
+own environment says comes after it, and counts."""
 
 ClientCallable = Callable[[Message, Context], Message]
 
@@ -181,8 +188,12 @@ def worker_starter(app: str | ClientCallable, run_config: UserConfig, nodes: int
 
 def own_runtime() -> dict[str, Any]:
     """Return Ray's `runtime_env` for processes that run the code of this one."""
-    tunables = ":".join(filter(None, [*MALLOC, os.environ.get("GLIBC_TUNABLES", "")]))
-    return {"env_vars": {"OMP_NUM_THREADS": "1", "GLIBC_TUNABLES": tunables, "PYTHONPATH": os.pathsep.join(own_paths())}}
+    env = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(own_paths())}
+    for name, separator in (("MALLOC_CONF", ","), ("GLIBC_TUNABLES", ":")):
+        env[name] = separator.join(filter(None, [MALLOC[name], os.environ.get(name, "")]))
+    if JEMALLOC.is_file():
+        env["LD_PRELOAD"] = ":".join(filter(None, [os.environ.get("LD_PRELOAD", ""), str(JEMALLOC)]))
+    return {"env_vars": env}
 
 
 def register_arrays() -> None:

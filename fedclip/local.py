@@ -122,7 +122,10 @@ class LocalSGD:
                 self._step(replica, optimizer, correction)
         if not replica.flat_gradients:
             replica.clear_gradients()  # a core's caches have their memory, and the next user, who may train in another replica, needs some
-        return sum(torch.stack(losses).tolist()) / len(losses) if losses else math.nan
+        if not losses:
+            return math.nan
+        # Of another device one number is waited for, not one a batch.
+        return sum(map(torch.Tensor.item, losses) if replica.params.device.type == "cpu" else torch.stack(losses).tolist()) / len(losses)
 
     def gradients(
         self, replica: Replica, task: Task, examples: Sequence[Any], rng: np.random.Generator

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -61,7 +61,7 @@ class ImagesTask:
 
     def loss(self, model: nn.Module, batch: workload.Batch) -> torch.Tensor:
         """Return the mean cross-entropy."""
-        device = next(model.parameters()).device
+        device = cast(nn.Linear, model.out).weight.device
         return F.cross_entropy(model(batch[0].to(device)), batch[1].to(device))
 
     def evaluate(self, model: nn.Module, unit: int) -> Counts:
