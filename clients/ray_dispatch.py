@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from queue import Empty, SimpleQueue
 from typing import Any
 from uuid import uuid4
 
@@ -17,7 +18,8 @@ from clients.identity import number
 from clients.lanes import Lanes, MessageLost, Parcel
 from clients.ray_crew import FOLLOW_SECONDS, Crew
 
-POLL_SECONDS = 0.1  # what is sent while others run is listened for after this at the latest
+LOOK_SECONDS = 5.0  # Ray tells when a worker is done; how often to look all the same, should it have failed to
+SHORT_SECONDS = 0.1  # how soon to look again after a deadline that passed just as a reply came
 SETTLE_SECONDS = 20.0  # rounds that are dealt to the workers that are up begin when none has come for so long, or all are up
 
 
@@ -66,6 +68,8 @@ class Dispatcher:
         self._awaited: set[str] = set()
         self._landed: dict[str, Landed] = {}  # in order of arrival
         self._redone: list[str] = []
+        self._heard = SimpleQueue[Any]()  # what workers are done with; None: something else is to be looked at
+        self._asked = set[Any]()  # of workers that are starting, what they were listened for
         self._closed = False
         self._failure: BaseException | None = None
         for worker in crew.tend():
@@ -77,6 +81,7 @@ class Dispatcher:
         """Stop handing messages out."""
         with self.changed:
             self._closed = True
+            self._heard.put(None)
             self.changed.notify_all()
         self._thread.join()
         self._flights.clear()
@@ -120,6 +125,8 @@ class Dispatcher:
             for parcel in parcels:
                 self._lanes.push(parcel)
             self._dispatch()
+            if self._deadline is not None:
+                self._heard.put(None)  # there may be a deadline before the one that is waited for
             self.changed.notify_all()
 
     def ready(self, wanted: set[str], most: int | None = None) -> list[Landed]:
@@ -178,34 +185,55 @@ class Dispatcher:
             run = self.crew.actors[worker].run
             state, reply = run.remote(parcel.message, self.states.get(parcel.node), parcel.names, *parcel.records)
             self._flights[state] = Flight(worker, parcel, reply, time.monotonic())
+            self._listen_for(state)
+
+    def _listen_for(self, ref: Any) -> None:
+        # Ray calls back on a thread that it has work for itself. To ask it every tenth of a second takes a hundredth of two cores.
+        ref.future().add_done_callback(lambda _: self._heard.put(ref))
 
     def _serve(self) -> None:
         try:
             while not self._closed:
                 with self.changed:
-                    patience = FOLLOW_SECONDS if self.crew.restless else None
-                    self.changed.wait_for(lambda: self._flights or self.crew.starting or self._closed, patience)
-                    if not self._closed:
-                        self.crew.tend()
-                self._listen()
+                    self.crew.tend()
+                    for ref in self.crew.starting.keys() - self._asked:
+                        self._listen_for(ref)
+                    self._asked = set(self.crew.starting)
+                    patience = self._patience()
+                for ref in self._hear(patience):
+                    if ref in self._flights:
+                        self._land(ref)
+                    elif ref in self.crew.starting:
+                        self._welcome(ref)
+                self._lose_late()
         except Exception as error:  # noqa: BLE001  told to the driver, which waits
             with self.changed:
                 self._failure = error
                 self.changed.notify_all()
 
-    def _listen(self) -> None:
-        with self.changed:
-            waited = [*self._flights, *self.crew.starting]
-        # Replies stay where they are until they are taken: fetched ahead, those of many workers would fill the server's memory.
-        for ref in ray.wait(waited, num_returns=1, timeout=POLL_SECONDS, fetch_local=False)[0] if waited else []:
-            if ref in self._flights:
-                self._land(ref)
-            else:
-                self._welcome(ref)
+    def _patience(self) -> float:
+        """Return how long to wait for workers before time alone changes something."""
+        left = [flight.since + self._limit(flight) - time.monotonic() for flight in self._flights.values()]
+        return min(LOOK_SECONDS, FOLLOW_SECONDS if self.crew.restless else math.inf, max(SHORT_SECONDS, min(left, default=math.inf)))
+
+    def _limit(self, flight: Flight) -> float:
+        # Twice as long each time, as a new worker has more to do at first: it builds its task.
+        return math.inf if self._deadline is None else self._deadline * 2.0**flight.parcel.losses
+
+    def _hear(self, patience: float) -> list[Any]:
+        """Return what a worker is done with; after so many seconds, whatever there is."""
+        try:
+            return [self._heard.get(timeout=patience)]
+        except Empty:
+            with self.changed:
+                waited = [*self._flights, *self.crew.starting]
+            # Replies stay where they are until they are taken: fetched ahead, those of many workers would fill the server's memory.
+            return ray.wait(waited, num_returns=len(waited), timeout=0, fetch_local=False)[0] if waited else []
+
+    def _lose_late(self) -> None:
         with self.changed:
             for ref, flight in list(self._flights.items()):
-                # Twice as long each time, as a new worker has more to do at first: it builds its task.
-                limit = math.inf if self._deadline is None else self._deadline * 2.0**flight.parcel.losses
+                limit = self._limit(flight)
                 if time.monotonic() - flight.since > limit and not ray.wait([ref], timeout=0, fetch_local=False)[0]:
                     self._lose(ref, f"took over {limit:g} s over this message; where nothing hangs, raise the deadline.")
 

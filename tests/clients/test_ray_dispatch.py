@@ -1,7 +1,7 @@
 """What becomes of messages whose worker does not come up, or answers at the last moment; with a Ray that is made up."""
 
-import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from itertools import count
 from types import SimpleNamespace
 
@@ -17,11 +17,31 @@ from clients.ray_dispatch import Dispatcher
 from clients.ray_worker import Resources
 
 
+class Ref(str):
+    """What a worker is asked for is there at once, and Ray says so."""
+
+    __slots__ = ()
+    silent = False
+
+    def future(self) -> "Future[None]":
+        told = Future[None]()
+        if not self.silent:
+            told.set_result(None)
+        return told
+
+
+class Untold(Ref):
+    """Ray does not say when it is there."""
+
+    __slots__ = ()
+    silent = True
+
+
 class Cluster:
     """Workers, some of which cannot be started; the others answer every message at once."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.broken, self.stalled, self.started, self.sent = set[int](), False, count(), count()
+        self.broken, self.silent, self.late, self.started, self.sent = set[int](), False, 0, count(), count()
         made_up = SimpleNamespace(kill=lambda actor: None, get=self.get, wait=self.wait, exceptions=ray.exceptions)
         monkeypatch.setattr(ray_crew, "ray", made_up)
         monkeypatch.setattr(ray_dispatch, "ray", made_up)
@@ -29,17 +49,19 @@ class Cluster:
     def start(self) -> SimpleNamespace:
         number = next(self.started)
 
-        def run(message: Message, *rest: object) -> tuple[str, Message]:
-            return f"state {next(self.sent)}", Message(RecordDict(), reply_to=message)
+        def run(message: Message, *rest: object) -> tuple[Ref, Message]:
+            return (Untold if self.silent else Ref)(f"state {next(self.sent)}"), Message(RecordDict(), reply_to=message)
 
-        return SimpleNamespace(where=SimpleNamespace(remote=lambda: f"actor {number}"), run=SimpleNamespace(remote=run))
+        return SimpleNamespace(where=SimpleNamespace(remote=lambda: Ref(f"actor {number}")), run=SimpleNamespace(remote=run))
 
-    def wait(self, refs: list[str], timeout: float, **rest: object) -> tuple[list[str], list[str]]:
-        """Like Ray's; where it is stalled, a wait with patience finds no reply, as if it came only just after."""
-        ready = [ref for ref in refs if timeout == 0 or not (self.stalled and ref.startswith("state"))]
-        if not ready:
-            time.sleep(min(timeout, 0.01))
-        return ready[:1], []
+    def wait(self, refs: list[Ref], num_returns: int = 1, *, timeout: float, fetch_local: bool) -> tuple[list[Ref], list[Ref]]:
+        """Like Ray's; replies come only after whoever looked for them so many times."""
+        assert timeout == 0, "nobody waits here: who is told of what is done would not hear of it"
+        assert not fetch_local
+        if self.late and any(ref.startswith("state") for ref in refs):
+            self.late -= 1
+            return [ref for ref in refs if not ref.startswith("state")][:num_returns], []
+        return refs[:num_returns], []
 
     def get(self, ref: str) -> object:
         kind, number = ref.split()
@@ -73,15 +95,25 @@ def test_what_waits_for_a_worker_that_cannot_be_started_is_done_by_others(cluste
 
 
 def test_a_reply_that_is_there_at_the_deadline_counts(cluster: Cluster) -> None:
-    cluster.stalled = True
+    cluster.silent, cluster.late = True, 1
     dispatcher = Dispatcher(Crew(cluster.start, 1, Resources()), run_id=1, pinned=True, deadline=0.05, retries=0)
     try:
         dispatcher.submit([parcel(0)])
-        assert dispatcher.first({"m0"}, 0.3) is None
-        cluster.stalled = False
         landed = dispatcher.first({"m0"}, 5.0)
         assert landed is not None
         assert not landed.reply.has_error()
-        assert dispatcher.take_faults() == (0, [])
+        assert (dispatcher.take_faults(), cluster.late) == ((0, []), 0)
+    finally:
+        dispatcher.close()
+
+
+def test_a_reply_that_ray_did_not_tell_of_is_found(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_dispatch, "LOOK_SECONDS", 0.05)
+    cluster.silent, cluster.late = True, 2
+    dispatcher = Dispatcher(Crew(cluster.start, 1, Resources()), run_id=1, pinned=True, deadline=None, retries=0)
+    try:
+        dispatcher.submit([parcel(0)])
+        assert dispatcher.first({"m0"}, 5.0) is not None
+        assert cluster.late == 0
     finally:
         dispatcher.close()
