@@ -19,6 +19,7 @@ from flwr.serverapp.strategy import FedAvg
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
+from clients import ray_worker
 from clients.ray_grid import FIRST_NODE_ID, RayGrid, Resources
 from tests.clients import apps
 
@@ -306,6 +307,22 @@ def test_a_closed_grid_says_so_and_gives_the_identity_back(ray_session):
     grid.close()
     with pytest.raises(RuntimeError, match="open RayGrid"):
         grid.pull_messages(["x"])
+
+
+def test_workers_have_the_allocator_that_ray_brings_and_what_the_driver_says_of_memory_counts(grid, monkeypatch, tmp_path):
+    assert list(grid.get_node_ids())
+    loaded = [Path(f"/proc/{post.pid}/maps").read_text() for post in grid._dispatcher.crew.posts.values()]
+    assert loaded
+    assert all(("libjemalloc.so" in maps) == ray_worker.JEMALLOC.is_file() for maps in loaded)
+    monkeypatch.setattr(ray_worker, "JEMALLOC", tmp_path / "libjemalloc.so")
+    assert "LD_PRELOAD" not in ray_worker.own_runtime()["env_vars"]
+    ray_worker.JEMALLOC.touch()
+    for name, said in (("MALLOC_CONF", "narenas:2"), ("GLIBC_TUNABLES", "glibc.malloc.hugetlb=0"), ("LD_PRELOAD", "/mine.so")):
+        monkeypatch.setenv(name, said)
+    told = ray_worker.own_runtime()["env_vars"]
+    assert told["MALLOC_CONF"] == ray_worker.MALLOC["MALLOC_CONF"] + ",narenas:2"
+    assert told["GLIBC_TUNABLES"].endswith(":glibc.malloc.hugetlb=0")
+    assert told["LD_PRELOAD"] == f"/mine.so:{ray_worker.JEMALLOC}", "whose comes first is asked for memory"
 
 
 DRIVER = """
