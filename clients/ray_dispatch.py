@@ -4,6 +4,8 @@ import math
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from queue import Empty, SimpleQueue
@@ -68,7 +70,8 @@ class Dispatcher:
         self._awaited: set[str] = set()
         self._landed: dict[str, Landed] = {}  # in order of arrival
         self._redone: list[str] = []
-        self._heard = SimpleQueue[Any]()  # what workers are done with; None: something else is to be looked at
+        self._heard = SimpleQueue[tuple[Any, Future[Any]] | None]()  # what workers are done with; None: there may be a new deadline
+        self._look = 0.0  # when to look for what nobody told of
         self._asked = set[Any]()  # of workers that are starting, what they were listened for
         self._closed = False
         self._failure: BaseException | None = None
@@ -125,8 +128,6 @@ class Dispatcher:
             for parcel in parcels:
                 self._lanes.push(parcel)
             self._dispatch()
-            if self._deadline is not None:
-                self._heard.put(None)  # there may be a deadline before the one that is waited for
             self.changed.notify_all()
 
     def ready(self, wanted: set[str], most: int | None = None) -> list[Landed]:
@@ -186,10 +187,13 @@ class Dispatcher:
             state, reply = run.remote(parcel.message, self.states.get(parcel.node), parcel.names, *parcel.records)
             self._flights[state] = Flight(worker, parcel, reply, time.monotonic())
             self._listen_for(state)
+            if self._deadline is not None:
+                self._heard.put(None)
 
     def _listen_for(self, ref: Any) -> None:
         # Ray calls back on a thread that it has work for itself. To ask it every tenth of a second takes a hundredth of two cores.
-        ref.future().add_done_callback(lambda _: self._heard.put(ref))
+        heard = self._heard  # not all of this, for as long as nobody calls
+        ref.future().add_done_callback(lambda told: heard.put((ref, told)))
 
     def _serve(self) -> None:
         try:
@@ -200,9 +204,9 @@ class Dispatcher:
                         self._listen_for(ref)
                     self._asked = set(self.crew.starting)
                     patience = self._patience()
-                for ref in self._hear(patience):
+                for ref, told in self._hear(patience):
                     if ref in self._flights:
-                        self._land(ref)
+                        self._land(ref, told)
                     elif ref in self.crew.starting:
                         self._welcome(ref)
                 self._lose_late()
@@ -220,15 +224,20 @@ class Dispatcher:
         # Twice as long each time, as a new worker has more to do at first: it builds its task.
         return math.inf if self._deadline is None else self._deadline * 2.0**flight.parcel.losses
 
-    def _hear(self, patience: float) -> list[Any]:
-        """Return what a worker is done with; after so many seconds, whatever there is."""
-        try:
-            return [self._heard.get(timeout=patience)]
-        except Empty:
-            with self.changed:
-                waited = [*self._flights, *self.crew.starting]
-            # Replies stay where they are until they are taken: fetched ahead, those of many workers would fill the server's memory.
-            return ray.wait(waited, num_returns=len(waited), timeout=0, fetch_local=False)[0] if waited else []
+    def _hear(self, patience: float) -> list[tuple[Any, "Future[Any] | None"]]:
+        """Return what a worker is done with, and what Ray said of it; from time to time, and after so many seconds, whatever there is."""
+        found = list[tuple[Any, Future[Any] | None]]()
+        with suppress(Empty):
+            heard = self._heard.get(timeout=patience)
+            found += [] if heard is None else [heard]
+            if time.monotonic() < self._look:
+                return found
+        self._look = time.monotonic() + LOOK_SECONDS
+        with self.changed:
+            waited = [ref for ref in (*self._flights, *self.crew.starting) if not found or ref is not found[0][0]]
+        # Replies stay where they are until they are taken: fetched ahead, those of many workers would fill the server's memory.
+        there = ray.wait(waited, num_returns=len(waited), timeout=0, fetch_local=False)[0] if waited else []
+        return [*found, *((ref, None) for ref in there)]
 
     def _lose_late(self) -> None:
         with self.changed:
@@ -248,11 +257,11 @@ class Dispatcher:
             self._dispatch()
             self.changed.notify_all()
 
-    def _land(self, ref: Any) -> None:
+    def _land(self, ref: Any, told: "Future[Any] | None") -> None:
         """Take what a worker left of a node, and let the next messages go before anybody takes its reply."""
         flight, state = self._flights[ref], None
         try:
-            state, reply = ray.get(ref), flight.reply
+            state, reply = ray.get(ref) if told is None else told.result(), flight.reply
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, MessageLost):
                 self._lose(ref, "gave this message back.", error.cause)

@@ -133,8 +133,10 @@ class Client:
     def _some_loaded(self, users: Sequence[int], ahead: "dict[int, Future[Read]]") -> "deque[_Loaded]":
         """Load the data of the first of some users, and of those after it as long as that takes next to nothing: code for it is at hand."""
         loaded = deque([self._loaded(users[0], ahead.pop(users[0], None))])
-        while len(loaded) < len(users) and loaded[-1].read <= WORTH_A_THREAD:
-            loaded.append(self._loaded(users[len(loaded)], ahead.pop(users[len(loaded)], None)))
+        for user in users[1:]:
+            if loaded[-1].failed is not None or loaded[-1].read > WORTH_A_THREAD or (user in ahead and not ahead[user].done()):
+                break
+            loaded.append(self._loaded(user, ahead.pop(user, None)))
         return loaded
 
     def _loaded(self, user: int, ahead: "Future[Read] | None" = None) -> "_Loaded":

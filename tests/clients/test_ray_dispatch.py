@@ -1,6 +1,7 @@
 """What becomes of messages whose worker does not come up, or answers at the last moment; with a Ray that is made up."""
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from itertools import count
 from types import SimpleNamespace
@@ -23,10 +24,10 @@ class Ref(str):
     __slots__ = ()
     silent = False
 
-    def future(self) -> "Future[None]":
-        told = Future[None]()
+    def future(self) -> "Future[RecordDict]":
+        told = Future[RecordDict]()
         if not self.silent:
-            told.set_result(None)
+            told.set_result(RecordDict())
         return told
 
 
@@ -77,6 +78,13 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     assume(before)
 
 
+def wait_for(condition: Callable[[], bool]) -> bool:
+    end = time.monotonic() + 5
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.01)
+    return condition()
+
+
 def parcel(partition: int) -> Parcel:
     node = FIRST_NODE_ID + partition
     return Parcel(node, stripped(Message(RecordDict(), dst_node_id=node, message_type="query"), f"m{partition}"), (), ())
@@ -115,5 +123,24 @@ def test_a_reply_that_ray_did_not_tell_of_is_found(cluster: Cluster, monkeypatch
         dispatcher.submit([parcel(0)])
         assert dispatcher.first({"m0"}, 5.0) is not None
         assert cluster.late == 0
+    finally:
+        dispatcher.close()
+
+
+def test_what_ray_did_not_tell_of_is_found_while_others_are_heard_of(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_dispatch, "LOOK_SECONDS", 0.2)
+    dispatcher = Dispatcher(Crew(cluster.start, 2, Resources()), run_id=1, pinned=True, deadline=None, retries=0)
+    try:
+        cluster.silent = True
+        dispatcher.submit([parcel(0)])
+        assert wait_for(lambda: len(dispatcher._flights) == 1)
+        cluster.silent, cluster.late = False, 1
+        begun = time.monotonic()
+        while dispatcher.first({"m0"}, 0.0) is None:
+            assert time.monotonic() - begun < 5
+            dispatcher.submit([parcel(1)])
+            assert dispatcher.first({"m1"}, 5.0) is not None
     finally:
         dispatcher.close()
