@@ -33,13 +33,13 @@ JEMALLOC = Path(ray.__file__).parent / "core" / "libjemalloc.so"
 alone, and no path with a space can be preloaded."""
 
 MALLOC = {
-    "MALLOC_CONF": "thp:always,dirty_decay_ms:1000000000,muzzy_decay_ms:1000000000,narenas:1",
+    "MALLOC_CONF": "thp:always,dirty_decay_ms:1000000000,muzzy_decay_ms:1000000000,oversize_threshold:33554432,narenas:1",
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.tcache_count=1000",
 }
 """How workers ask for memory, of either allocator: in large pages, where the system gives them, as what trains goes over whole models again
-and again; with as many small pieces at hand as an operator of a network asks for and lets go; and only what takes 8 MB (of glibc 32 MB) or
-more is handed back, as replies do (jemalloc would keep that too if the others were never to be handed back). What the driver's own
-environment says comes after it, and counts."""
+and again; with as many small pieces at hand as an operator of a network asks for and lets go; and only 32 MB and more are handed back, as
+replies are (jemalloc would keep these too, were the decay of the others -1). What the driver's own environment says comes after it, and
+counts."""
 
 ClientCallable = Callable[[Message, Context], Message]
 
