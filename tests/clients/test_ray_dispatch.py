@@ -127,9 +127,7 @@ def test_a_reply_that_ray_did_not_tell_of_is_found(cluster: Cluster, monkeypatch
         dispatcher.close()
 
 
-def test_what_ray_did_not_tell_of_is_found_while_others_are_heard_of(
-    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_ray_did_not_tell_of_is_found_while_others_are_heard_of(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_dispatch, "LOOK_SECONDS", 0.2)
     dispatcher = Dispatcher(Crew(cluster.start, 2, Resources()), run_id=1, pinned=True, deadline=None, retries=0)
     try:
