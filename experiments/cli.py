@@ -19,7 +19,7 @@ from fedclip.config import Experiment
 from fedclip.options import ConfigError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown")
-bench = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", help="Measure what a run costs: `bench engine`, `bench wire`.")
+bench = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", help="Measure what a run costs: `engine`, `flower`, `wire`.")
 app.add_typer(bench, name="bench")
 app.add_typer(keys, name="keys")
 
@@ -31,7 +31,7 @@ Set = Annotated[
 ]
 Rounds = Annotated[int | None, typer.Option(help="rounds to run", show_default=False)]
 DataDir = Annotated[Path | None, typer.Option(help="folder of recordings, read in place", show_default=False)]
-Out = Annotated[Path | None, typer.Option(help="the run folder; by default runs/NAME-DATE-TIME", show_default=False)]
+Out = Annotated[Path | None, typer.Option(help="the run folder; by default one in runs, of name, date and time", show_default=False)]
 Seed = Annotated[int | None, typer.Option(help="seed of all randomness", show_default=False)]
 Workers = Annotated[int | None, typer.Option(help="worker processes; 0: one a core, or as many as a cluster holds", show_default=False)]
 RayAddress = Annotated[
@@ -95,7 +95,7 @@ def run(
     Examples: `fedclip run experiments/vision.toml --set local.lr=0.05 --rounds 20`, `fedclip run --resume runs/mine --rounds 40`,
     `fedclip run experiments/vision.toml --ray-address 10.0.0.1:6379`
 
-    Exit status: 0 done, 1 too many users failed, 2 bad input, 130 interrupted.
+    Exit status: 0 done, 1 a worker failed or too many users did, 2 bad input, 130 interrupted.
     """
     changed = [*(set_ or []), *([] if ray_address is None else [f"ray.address={json.dumps(ray_address)}"])]
     checked, path = _new_or_resumed("run", experiment, resume, changed, data_dir, rounds=rounds, out=out, seed=seed, workers=workers)
@@ -412,7 +412,7 @@ def bench_engine(
     workers: Annotated[int, typer.Option(min=1, help="processes that train; with 1 fedclip does without Ray")] = 2,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     peers: Annotated[str | None, typer.Option(metavar="A,B", help="whom to time beside fedclip", show_default=False)] = None,
-    pfl_python: Annotated[str, typer.Option(metavar="PYTHON", help="an interpreter that has pfl")] = sys.executable,
+    pfl_python: Annotated[str, typer.Option(metavar="PYTHON", help="an interpreter with pfl", show_default="this one")] = sys.executable,
     json: Json = False,
 ) -> None:
     """Time rounds of the engine beside a bare PyTorch loop and other simulators on the same work, all in turns.
