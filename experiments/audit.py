@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from experiments.folder import LEDGER, read_metrics
+from experiments.folder import LEDGER, deployed_as, read_metrics
 from experiments.prepare import Prepared, prepare, read_experiment
 from experiments.run import CHECK_FAILED, DONE
+from fedclip.account import LedgerError, read_ledger
 from fedclip.accounting import Guarantee, guarantee
 from fedclip.audit.findings import Finding
 from fedclip.audit.ledgers import Promise, audit_ledger
@@ -17,6 +18,7 @@ from fedclip.audit.suite import FALSE_ALARM, Effort, parts
 from fedclip.layout import Layout
 from fedclip.options import ConfigError
 from strategies.naming import run_digest
+from strategies.privacy import rates_of_devices, releases
 
 
 def audit_command(target: Path, overrides: list[str], data_dir: Path | None, rounds: int, trials: int, as_json: bool) -> int:
@@ -53,17 +55,26 @@ def _config_of(target: Path) -> Path:
 
 
 def _claim(prepared: Prepared, target: Path) -> Guarantee:
-    """Return what is claimed: of the rounds that a run made, or of those that an experiment plans."""
+    """Return what is claimed: of the releases that a run made, or of those that an experiment plans."""
     mechanism, experiment = prepared.method.release.mechanism, prepared.experiment
     if mechanism is None:
         raise ConfigError(
             f"There is nothing to audit: {experiment.run.name} adds no noise and claims no privacy; set privacy.noise_multiplier."
         )
-    rounds = len(_rows(target)) if target.is_dir() else experiment.run.rounds
+    made = _releases_of(target) if target.is_dir() else releases(experiment)
     try:
-        return guarantee(prepared.method.sampler, mechanism.noise_multiplier, max(1, rounds), experiment.privacy.delta)
+        return guarantee(prepared.method.sampler, mechanism.noise_multiplier, max(1, made), experiment.privacy.delta)
     except ValueError as error:
         raise ConfigError(f"privacy: {error}") from error
+
+
+def _releases_of(target: Path) -> int:
+    """Return how many releases a run was charged for, whatever became of them; where its ledger says less than its rounds, those."""
+    try:
+        charged = len(read_ledger(target / LEDGER))
+    except LedgerError:  # a finding says why
+        charged = 0
+    return max(charged, len(_rows(target)))
 
 
 def _findings(prepared: Prepared, claim: Guarantee, target: Path, effort: Effort) -> Iterator[Finding]:
@@ -71,8 +82,9 @@ def _findings(prepared: Prepared, claim: Guarantee, target: Path, effort: Effort
     if target.is_dir():
         bound = None if method.adaptive is not None else method.bound(layout).total
         # The run's own name, whatever was set anew for the audit.
-        run = run_digest(read_experiment(target / "config.toml", []))
-        promise = Promise(run, method.sampler, claim.noise_multiplier, claim.delta, bound)
+        began = read_experiment(target / "config.toml", [])
+        run = deployed_as(target) or run_digest(began)
+        promise = Promise(run, method.sampler, claim.noise_multiplier, claim.delta, bound, rates_of_devices(began))
         yield from audit_ledger(target / LEDGER, _rows(target), promise, _stated(target))
     seed = prepared.experiment.run.seed
     for part in parts(method, layout, claim.rounds, claim.delta, prepared.task, effort, seed):

@@ -28,7 +28,7 @@ from strategies.naming import run_digest
 LEDGER, CHECKPOINTS, STATES = "ledger.jsonl", "checkpoints", "states"
 """The releases of a run under noise, a line each; the checkpoints; and what client chains keep of users."""
 
-METRICS, SPEAKERS = "metrics.jsonl", "speakers.jsonl"
+METRICS, SPEAKERS, ENVIRONMENT = "metrics.jsonl", "speakers.jsonl", "environment.json"
 
 STAMP = "seeded simulation: epsilon is nominal; diagnostics of its cohorts are not private"
 """What every report of a simulation under noise says."""
@@ -94,7 +94,7 @@ class RunFolder:
             self._lock = lock(path)
             if not resume:
                 said = environment(experiment) | {"command": command} | ({"deployment": name} if name else {})
-                write_atomically(path / "environment.json", json.dumps(said, indent=2) + "\n")
+                write_atomically(path / ENVIRONMENT, json.dumps(said, indent=2) + "\n")
                 self._storage.write(path / METRICS, [])
                 self.start()
         except OSError as error:
@@ -214,6 +214,20 @@ def environment(experiment: Experiment) -> dict[str, Any]:
         "init_from": str(experiment.run.init_from) if experiment.run.init_from else None,
         "commit": _commit(),
     }
+
+
+def deployed_as(run: Path) -> str:
+    """Return the name that was drawn for a run on real devices, empty for other folders and where there is none yet.
+
+    Raises:
+        ConfigError: the folder's file cannot be read.
+    """
+    try:
+        return str(json.loads((run / ENVIRONMENT).read_text(encoding="utf-8")).get("deployment", ""))
+    except FileNotFoundError:
+        return ""
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{run / ENVIRONMENT} cannot be read: {error}.") from error
 
 
 def _commit() -> str | None:

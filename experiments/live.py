@@ -127,7 +127,7 @@ class Reporter:
             self._console.print(describe_memory(summary), highlight=False, soft_wrap=True)
         for key in ("measured", "extrapolated"):
             if key in summary:
-                self._console.print(Guarantee(**summary[key]).describe(), highlight=False, soft_wrap=True)
+                self._console.print(Guarantee.of(summary[key]).describe(), highlight=False, soft_wrap=True)
         if "privacy" in summary:
             self._console.print(summary["privacy"], highlight=False, soft_wrap=True)
         for line in (f"run folder: {path}", page):

@@ -19,13 +19,14 @@ from flwr.serverapp import Grid, ServerApp
 from clients.roster import Roster
 from experiments.cli import run_folder
 from experiments.engines import Engine, OnGrid, account_of, secret_of
-from experiments.folder import STATES, append_line
+from experiments.folder import STATES, append_line, deployed_as
 from experiments.live import Reporter
 from experiments.prepare import Prepared, prepare, read_experiment, read_run
 from experiments.run import DONE, run_rounds
 from fedclip.config import Experiment
 from strategies.fleet import Fleet, Rejection
 from strategies.naming import run_digest
+from strategies.privacy import rates_of_devices
 
 app = ServerApp()
 
@@ -33,9 +34,6 @@ SECONDS_BETWEEN_LOOKS = 0.2
 
 SECURITY_LOG = "security.jsonl"
 """In the run folder, for the operator alone: what was not taken of nodes, and why."""
-
-RATES = {"asr": ("wer", "cer"), "vision": ("accuracy",)}
-"""The metrics of a task that are between 0 and 1, which devices can measure under noise."""
 
 
 @app.main()
@@ -69,15 +67,10 @@ def on_devices(prepared: Prepared, grid: Grid, path: Path, reporter: Reporter) -
     if options is None:
         raise ValueError("Expected an experiment with a section [deployment].")
     Roster.read(options.roster)
-    environment = path / "environment.json"
-    if environment.is_file():
-        name = str(json.loads(environment.read_text(encoding="utf-8"))["deployment"])
-    else:
-        name = run_digest(experiment) + ("" if options.seeded else f"-{secrets.token_hex(8)}")
-    rates = RATES.get(experiment.task.name, ("accuracy",)) if experiment.evaluation.on == "devices" else ()
+    name = deployed_as(path) or run_digest(experiment) + ("" if options.seeded else f"-{secrets.token_hex(8)}")
     secret, device = secret_of(prepared) if options.seeded else "", experiment.run.device
     names = (prepared.method, prepared.task, prepared.recipe, secret, name, grid, options)
-    fleet = Fleet(*names, device=device, account=account_of(prepared, path), rates=rates)
+    fleet = Fleet(*names, device=device, account=account_of(prepared, path), rates=rates_of_devices(experiment))
     fleet.say = reporter.say
     fleet.warn = lambda rejection: _log(path, rejection, reporter)
     return fleet

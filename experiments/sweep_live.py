@@ -15,6 +15,7 @@ from rich.table import Table
 from experiments.live import clock
 from experiments.sweep_folder import Standing, SweepFolder, read_json
 from experiments.sweep_plan import Trial
+from fedclip.accounting import Guarantee
 
 SHOWN_ENDED = 8
 METRICS = (("wer", "WER"), ("accuracy", "accuracy"))
@@ -101,7 +102,7 @@ class SweepReporter:
     def _result(self, trial: Trial) -> str:
         """Return the last evaluation of a trial; its rows are read anew only where there are others than at the last look."""
         run = self._folder.run_folder(trial)
-        size, known = _size(run / "metrics.jsonl"), self._results.get(trial.name)
+        size, known = _size(run / "metrics.jsonl") + _size(run / "summary.json"), self._results.get(trial.name)
         if known is None or known[0] != size:
             known = self._results[trial.name] = size, _result(run)
         return known[1]
@@ -140,7 +141,7 @@ def _size(file: Path) -> int:
 
 
 def _result(run: Path) -> str:
-    """Return the last evaluation of a run."""
+    """Return the last evaluation of a run, and what it cost in privacy once it has ended."""
     try:
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError):  # not there yet, or a line that is being written
@@ -149,5 +150,6 @@ def _result(run: Path) -> str:
     if found is None:
         return ""
     row, key, name = found
-    spent = f", epsilon {row['epsilon']:.3g}" if row.get("epsilon") is not None else ""
+    measured = read_json(run / "summary.json").get("measured")  # of a run that goes on there is nothing to state yet
+    spent = f", {Guarantee.of(measured).describe()}" if measured else ""
     return f"{name} {100 * row[key]:.1f}%{spent}"

@@ -163,7 +163,7 @@ class Account:
             round: the rounds done at the checkpoint.
 
         Raises:
-            LedgerError: the ledger is shorter than at the checkpoint, differs from it, or goes on with other rounds.
+            LedgerError: the ledger is shorter than at the checkpoint, or differs from it.
         """
         if len(self.charges) < charges or (charges and self.charges[charges - 1].hash != head):
             raise LedgerError(

@@ -5,14 +5,14 @@ The arithmetic of rounds is in `fedclip.accountants`; nothing here knows what is
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 from fedclip.accountants import COMPUTED_BY, possible_accountants, set_aside
 from fedclip.accountants import Accountant as Accountant
-from fedclip.sampling import Adjacency, FixedSize, Poisson, Sampler
+from fedclip.sampling import Adjacency, Available, FixedSize, Poisson, Sampler
 
 if TYPE_CHECKING:
     from dp_accounting import DpEvent
@@ -64,13 +64,27 @@ class Guarantee:
         """Return the guarantee in a line for people; the epsilon is rounded up."""
         return (
             f"epsilon {rounded_up(self.epsilon)} at delta {self.delta:g} ({'extrapolated' if self.extrapolated else 'measured'}; "
-            f"{self.adjacency} {self.unit}, {self.sampler} q = {self.sampling_rate:.3g}, z = {self.noise_multiplier:.4g}, "
-            f"{self.rounds} round{'' if self.rounds == 1 else 's'}, {ACCOUNTANTS[self.accountant]})"
+            f"{self._relation}, z = {self.noise_multiplier:.4g}, {self.rounds} round{'' if self.rounds == 1 else 's'}, "
+            f"{ACCOUNTANTS[self.accountant]})"
         )
+
+    def describe_kind(self) -> str:
+        """Return what the epsilon means without its value, the noise and the rounds, which may differ between runs that are compared."""
+        kind = "extrapolated epsilon" if self.extrapolated else "epsilon"
+        return f"{kind}: at delta {self.delta:g}, {self._relation}, {ACCOUNTANTS[self.accountant]}"
+
+    @property
+    def _relation(self) -> str:
+        return f"{self.adjacency} {self.unit}, {self.sampler} q = {self.sampling_rate:.3g}"
 
     def plain(self) -> dict[str, Any]:
         """Return the guarantee as plain data; an infinite epsilon stays an infinite float."""
         return dataclasses.asdict(self)
+
+    @classmethod
+    def of(cls, plain: Mapping[str, Any]) -> "Guarantee":
+        """Return the guarantee from plain data, in which JSON has null for an infinite epsilon."""
+        return cls(**{**plain, "epsilon": math.inf if plain["epsilon"] is None else plain["epsilon"]})
 
 
 ACCOUNTANTS = {"pld": "PLD", "rdp": "RDP", "closed_form": "closed form"}
@@ -229,8 +243,10 @@ def extrapolate(sampler: AnySampler, noise_multiplier: float, population: int, c
         if cohort != int(cohort):
             raise ValueError(f"Expected a whole cohort for a fixed size, got {cohort}.")
         larger = dataclasses.replace(sampler, population=population, cohort=int(cohort))
+    elif isinstance(sampler, Available):
+        larger = dataclasses.replace(sampler, population=population, cohort=cohort)
     else:
-        raise ValueError(f"Expected a Poisson or FixedSize sampler to extrapolate from, got {type(sampler).__name__}.")
+        raise ValueError(f"Expected a sampler of this package to extrapolate from, got {type(sampler).__name__}.")
     return larger, noise_multiplier * scale
 
 

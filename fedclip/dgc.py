@@ -13,9 +13,7 @@ from fedclip.quantize import Fp16, Quantize
 from fedclip.sparsify import check_choice, check_density, kept_count, largest_of_each
 from fedclip.stages import PAPER_WARMUP
 from fedclip.transform import UNBOUNDED, Bound, Ctx, State, Step, Transform
-from fedclip.update import Dense, Sparse, Update, layer_norms, norm, scale, scale_layers, to_dense, values_of, zeros
-
-LARGEST_FLOAT = torch.finfo(torch.float32).max
+from fedclip.update import LARGEST_FLOAT, Dense, Sparse, Update, layer_norms, norm, scale, scale_layers, to_dense, values_of, zeros
 
 ROUNDINGS: dict[Precision, Transform | None] = {"float32": None, "float16": Fp16(), "int8": Quantize(8, 256)}
 """The stage that rounds what is sent; int8 is stochastic, with one scale for 256 values."""

@@ -12,6 +12,7 @@ from fedclip.clipping import ClipByGlobalNorm, ClipPerLayer
 from fedclip.codec import Codec, DenseCodec
 from fedclip.control import check_local, fresh_state
 from fedclip.downlink import Downlink, Sent
+from fedclip.fold import CAPACITY_BITS
 from fedclip.layout import Layout
 from fedclip.local import LocalSGD
 from fedclip.optimizers import Optimizer
@@ -154,6 +155,16 @@ class Method:
         if now.release.mechanism is not None:
             now.release.mechanism.deviations(bound, layout)
 
+    def _largest_cohort(self) -> float:
+        """Return how many users may come at once: where coins decide, ten standard deviations over what is expected, at most everybody."""
+        sampler = self.sampler
+        if isinstance(sampler, FixedSize):
+            return sampler.cohort
+        if isinstance(sampler, Poisson) and sampler.max_cohort is not None:
+            return sampler.max_cohort
+        asked = sampler.expected_cohort * (sampler.over_selection if isinstance(sampler, Available) else 1.0)
+        return min(float(sampler.population), asked + 10 * math.sqrt(asked))
+
     def _check_mask(self) -> None:
         """Refuse what would remember, or mask again, what a common mask let through."""
         masks = [n for n, stage in enumerate(self.client.stages) if stage.support(1, PROBE) is not None]
@@ -176,6 +187,12 @@ class Method:
         if stage is not None:
             raise ValueError(
                 f"Under noise nothing after the last clip may enlarge an update, and {stage.name} can without limit; clip after it."
+            )
+        if self._largest_cohort() > 1 << CAPACITY_BITS:
+            raise ValueError(
+                f"Under noise nobody's update may keep another's out of the sum, which has room for {1 << CAPACITY_BITS:,} users; got a "
+                f"cohort of {self.sampler.expected_cohort:,.10g}, which comes to {math.ceil(self._largest_cohort()):,} but for a chance of "
+                "1e-20; lower it."
             )
         poisson = isinstance(self.sampler, Poisson) and self.sampler.max_cohort is None
         unclaimed = isinstance(self.sampler, Available) or (isinstance(self.sampler, FixedSize) and self.sampler.rate == 1)

@@ -230,8 +230,8 @@ class Available:
     def draw(self, rng: np.random.Generator, present: Sequence[int] | None = None) -> tuple[int, ...]:
         """Return the ids that are asked in a round, in ascending order, of those who are there; by default everybody is."""
         there = np.arange(self.population) if present is None else np.sort(np.asarray(present, dtype=np.int64))
-        asked = min(1.0, self.over_selection * self.cohort / self.population)
-        return tuple(there[rng.random(len(there)) < asked].tolist())
+        asked = rng.random(self.population) < min(1.0, self.over_selection * self.cohort / self.population)
+        return tuple(there[asked[there]].tolist())
 
     def event(self, noise_multiplier: float) -> "DpEvent":
         """Return the privacy event of one round for a sum with noise of `noise_multiplier` times the bound C on a user's update."""

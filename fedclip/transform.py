@@ -11,7 +11,7 @@ import torch
 
 from fedclip.choices import Grouping
 from fedclip.layout import Layout
-from fedclip.update import Dense, Update, add, subtract, unmeasured, values_of, zeros
+from fedclip.update import LARGEST_FLOAT, Dense, Update, add, subtract, unmeasured, values_of, zeros
 
 State = Any
 """A transform's state: None, a tensor, or a tuple of states. A state is never changed in place."""
@@ -36,6 +36,10 @@ class Bound:
 
 
 UNBOUNDED = Bound(math.inf)
+
+LARGEST_RESIDUAL = 100.0
+"""How many times what came in, or what went out, error feedback keeps at most. What a top-k of density p leaves is at most
+`sqrt(1 / p - 1)` times what it sends, so that one of a ten-thousandth or more loses nothing."""
 
 PROBE = Layout(("probe",), ((),), ("probe",))
 """A layout of one number, to ask stages what they are."""
@@ -247,8 +251,10 @@ def chain(*stages: Transform) -> Chain:
 class ErrorFeedback(Transform):
     """Adds what `inner` did not let through to the next update of the same user (Seide et al. 2014; arXiv 1901.09847).
 
-    `x = inner(update + e)`, `e <- update + e - x`. The residual may grow, so that nothing bounds what goes into `inner`:
-    the bound of the whole is what `inner` enforces on an unbounded input, and a clip that comes before counts for nothing.
+    `x = inner(update + e)`, `e <- update + e - x`, where `e` is cut to `LARGEST_RESIDUAL` times the norm of `x` or of the update,
+    whichever is larger: one update that is far too large, before a clip, is not sent for ever after. The residual may grow, so that
+    nothing bounds what goes into `inner`: the bound of the whole is what `inner` enforces on an unbounded input, and a clip that comes
+    before counts for nothing.
 
     Raises:
         ValueError: `inner` can enlarge an update without limit, so that the residual would grow for ever.
@@ -277,8 +283,12 @@ class ErrorFeedback(Transform):
         """Return what `inner` lets through of the update plus the residual."""
         residual, before = state
         whole = add(update, Dense(residual.to(values_of(update).device)), ctx.layout)
+        whole.vector.clamp_(-LARGEST_FLOAT, LARGEST_FLOAT)  # two finite numbers may add up to infinity
         step = self.inner.apply(whole, before, ctx)
         left = subtract(whole, step.update, ctx.layout).vector
+        came, went, there = (torch.linalg.vector_norm(v, dtype=torch.float64) for v in (values_of(update), values_of(step.update), left))
+        most = LARGEST_RESIDUAL * torch.maximum(came, went)
+        left.mul_(torch.where(there > most, most / there, 1.0))
         return Step(step.update, (left, step.state), step.measurements, step.clip_bits)
 
     def bound(self, incoming: Bound, layout: Layout) -> Bound:

@@ -14,6 +14,7 @@ from fedclip.layout import ROW, Layout
 FLOAT32_FACTORS = (1e-30, 1e30)
 """Outside this range a scale factor would lose bits or overflow as a float32 number: the product is taken in float64."""
 
+LARGEST_FLOAT: float = torch.finfo(torch.float32).max
 
 BLOCK = 1 << 18
 """Coordinates that are packed, or unpacked, in one step."""

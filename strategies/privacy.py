@@ -4,7 +4,7 @@ Imports no PyTorch.
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from fedclip.config import Experiment
 from fedclip.options import ConfigError
@@ -13,6 +13,9 @@ from fedclip.stages import available, fixed_size, poisson
 if TYPE_CHECKING:
     from fedclip.account import Account
     from fedclip.sampling import Sampler
+
+RATES = {"asr": ("wer", "cer"), "vision": ("accuracy",)}
+"""The metrics of a task that are between 0 and 1."""
 
 
 def noise_multiplier(experiment: Experiment) -> float | None:
@@ -55,10 +58,29 @@ def build_account(experiment: Experiment, users: int, path: Path | None = None) 
 
 
 def larger_sampler(experiment: Experiment, users: int) -> "Sampler":
-    """Return the sampler of the larger cohort that the noise is meant for, out of `noise_population`, else of the same population."""
+    """Return the sampler of the larger cohort that the noise is meant for, out of `noise_population`, else of the same population.
+
+    Raises:
+        ConfigError: a cohort larger than that population, or one that is not a whole number where its size is fixed.
+    """
+    from fedclip.accounting import extrapolate
+
     privacy = experiment.privacy
-    larger = experiment.sampler.model_copy(update={"cohort": privacy.noise_cohort_size, "max_cohort": None})
-    return build_sampler(experiment.model_copy(update={"sampler": larger}), privacy.noise_population or users)
+    cohort, population = cast(float, privacy.noise_cohort_size), privacy.noise_population or users
+    if cohort > population:
+        raise ConfigError(
+            f"privacy.noise_cohort_size: expected at most {population}, the users there are, got {cohort:g}; say with "
+            "privacy.noise_population how many there would be."
+        )
+    try:
+        return extrapolate(build_sampler(experiment, users), 1.0, population, cohort)[0]
+    except ValueError as error:
+        raise ConfigError(f"privacy.noise_cohort_size: {error}") from error
+
+
+def rates_of_devices(experiment: Experiment) -> tuple[str, ...]:
+    """Return what devices measure of themselves where they evaluate, all between 0 and 1, so that it can be released with noise."""
+    return RATES.get(experiment.task.name, ("accuracy",)) if experiment.evaluation.on == "devices" else ()
 
 
 def releases(experiment: Experiment) -> int:

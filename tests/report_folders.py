@@ -1,11 +1,14 @@
 """Run folders with known numbers, for tests of reports."""
 
 import json
+import math
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import tomli_w
+
+from fedclip.accounting import Guarantee
 
 LAYERS = ("net.0.weight", "net.0.bias", "net.1.weight")
 
@@ -43,11 +46,16 @@ def run_folder(
     if ended:
         summary: dict[str, Any] = {"status": "done", "rounds": rounds, "both_ways_ratio": 3.5} | rows[-1]
         if noise is not None:
-            summary |= {"privacy": "seeded simulation: epsilon is nominal", "measured": {"epsilon": rows[-1]["epsilon"]}}
+            summary |= {"privacy": "seeded simulation: epsilon is nominal", "measured": said_of(rows[-1]["epsilon"])}
         if extrapolated:
-            summary["extrapolated"] = {"epsilon": 0.25}
+            summary["extrapolated"] = said_of(0.25) | {"extrapolated": True}
         (path / "summary.json").write_text(json.dumps(summary))
     return path
+
+
+def said_of(epsilon: float | None) -> dict[str, Any]:
+    """Return what a summary says of an epsilon."""
+    return Guarantee(math.inf, 1e-9, "add-or-remove-one", "user", "Poisson", "pld", 0.01, 1.0, 3).plain() | {"epsilon": epsilon}
 
 
 def row_of(n: int, error: float, up: int, rate: str, noise: float | None, layers: int, *, evaluated: bool) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 from experiments.report.looks import follows, looks, parts_of, telling
 from experiments.report.read import Json, Trial, curves_of, find_trials, idle, layers_of, rate_of, read_run, speakers_of
 from experiments.report.words import columns_of, sentence_of, short_names
+from fedclip.accounting import Guarantee
 
 AXES = ("both", "up", "down", "epsilon", "extrapolated", "users", "seconds")
 """What an error rate is shown against: bytes of the whole run, epsilon, users trained, seconds."""
@@ -100,7 +101,7 @@ def _run(n: int, trial: Trial, found: Json, points: int, columns: int) -> Json:
         "error": trial.error or str(summary.get("error") or ""),
         "rate": rate,
         "stamps": _stamps(found, epsilon),
-        "privacy": summary.get("privacy", ""),
+        "privacy": _privacy(summary),
         "note": summary.get("note", ""),
         "config": {key: _writable(value) for key, value in (dict(trial.settings) | config).items()},
         "command": found["command"],
@@ -146,6 +147,12 @@ def _stamps(found: Json, epsilon: float | None) -> list[str]:
     said = summary.get("privacy", "nominal")  # until it says otherwise a run is a seeded simulation
     stamps = ["private", *(word for word in ("nominal", "insecure") if word in said)]
     return [*stamps, *(["extrapolated"] if summary.get("extrapolated") else [])]
+
+
+def _privacy(summary: Json) -> str:
+    """Return what a run says of its privacy, and what its epsilons mean."""
+    stated = [summary[key] for key in ("measured", "extrapolated") if summary.get(key)]
+    return "; ".join(filter(None, [summary.get("privacy", ""), *(Guarantee.of(one).describe_kind() for one in stated)]))
 
 
 def _report(runs: list[Json], trials: Sequence[Trial]) -> Json:

@@ -16,6 +16,7 @@ from matplotlib.ticker import EngFormatter
 
 from experiments.report.read import Json
 from experiments.report.words import RATE_NAMES, plain
+from fedclip.accounting import rounded_up
 from fedclip.options import ConfigError
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -98,6 +99,8 @@ def _written(value: Any, kind: str) -> str:
         return ""
     if kind == "percent":
         return f"{value:.1f}"
+    if kind == "epsilon":
+        return rounded_up(value)
     return f"{value:.4g}" if isinstance(value, float) else plain(value)
 
 

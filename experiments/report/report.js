@@ -20,6 +20,11 @@ const SYMBOLS = [["circle", "●"], ["square", "■"], ["diamond", "◆"], ["tri
 const DASHES = ["solid", "dash", "dot", "dashdot", "longdash", "longdashdot"], STROKES = ["", "7 4", "2 3", "7 3 2 3", "12 5", "12 3 2 3"];
 
 const number = (v, digits = 3) => v === null || v === undefined ? "" : Math.abs(v) >= 1e15 ? v.toExponential(digits - 1) : Math.abs(v) >= 1e5 || Number.isInteger(v) ? Math.round(v).toLocaleString("en") : Math.abs(v) >= 1e3 ? Number(v.toPrecision(digits)).toLocaleString("en") : String(Number(v.toPrecision(digits)));
+function epsilon(v) {  // never less than it is
+  if (!(v > 0) || !Number.isFinite(v)) return number(v);
+  const unit = 10 ** (Math.floor(Math.log10(v)) - 3);
+  return number(Math.ceil(v / unit * (1 - 1e-12)) * unit, 4);
+}
 const percent = (v) => (100 * v).toFixed(1);
 function bytes(v) {
   const unit = v >= 1e12 ? [1e12, "TB"] : v >= 1e9 ? [1e9, "GB"] : v >= 1e6 ? [1e6, "MB"] : v >= 1e3 ? [1e3, "kB"] : [1, "B"];
@@ -30,7 +35,7 @@ function plain(v) {
   return Array.isArray(v) ? v.map(plain).join(" + ") : typeof v === "number" ? String(v) : String(v);
 }
 const KINDS = {
-  text: plain, number: (v) => typeof v === "number" ? number(v, 4) : plain(v), count: (v) => number(v), percent,
+  text: plain, number: (v) => typeof v === "number" ? number(v, 4) : plain(v), count: (v) => number(v), percent, epsilon,
   megabytes: (v) => number(v / 1e6, 4), minutes: (v) => number(v / 60),
 };
 const SCALE = { percent: 100, megabytes: 1e-6, minutes: 1 / 60 };
@@ -92,7 +97,7 @@ const runsLabel = (p) => p.runs.length === 1 ? "one run" : p.seeds === p.runs.le
 function tradeoff(axis) {
   const rate = rateNow(), those = points.filter((p) => p.rate === rate), there = those.filter((p) => p.x[axis]);
   if (!there.length) return null;
-  const privacy = axis === "epsilon" || axis === "extrapolated", write = privacy ? (v) => number(v) : bytes;
+  const privacy = axis === "epsilon" || axis === "extrapolated", write = privacy ? epsilon : bytes;
   const front = report.fronts[rate][axis].map((id) => points[id]);
   const traces = there.map((p) => {
     const style = styleOf(p), bar = (s, of) => ({ type: "data", symmetric: false, array: [of(s.high - s.mean)], arrayminus: [of(s.mean - s.low)], color: style.colour, thickness: 1.2, width: 3 });
@@ -370,7 +375,7 @@ function drawHead() {
     const near = those.filter((p) => p.x.both && p.ended === best.ended && sign * (p.y.mean - best.y.mean) <= 0.01).sort((a, b) => a.x.both.mean - b.x.both.mean)[0];
     if (near) tiles.push([near === best ? "bytes it took, both ways" : "fewest bytes within 1 point of it", bytes(near.x.both.mean), near.label]);
     const guarded = those.filter((p) => p.x.epsilon);
-    if (guarded.length) tiles.push([`best ${RATE[rate]} under noise`, `${percent(guarded[0].y.mean)}%`, `epsilon ${number(guarded[0].x.epsilon.mean)}: ${guarded[0].label}`]);
+    if (guarded.length) tiles.push([`best ${RATE[rate]} under noise`, `${percent(guarded[0].y.mean)}%`, `epsilon ${epsilon(guarded[0].x.epsilon.mean)}: ${guarded[0].label}`]);
   }
   const states = [...new Set(runs.map((r) => r.status))].map((s) => `${runs.filter((r) => r.status === s).length} ${s}`).join(", ");
   tiles.push(["runs", String(runs.length), states]);

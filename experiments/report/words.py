@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from experiments.report.read import Json
+from fedclip.accounting import rounded_up
 
 VAGUE = ("name", "kind", "size", "value", "lr", "eps", "seed", "factor", "rounds")
 """Ends of keys that say too little by themselves."""
@@ -33,7 +34,7 @@ def sentence_of(runs: Sequence[Json]) -> str:
     if private:
         deltas = [run["results"]["delta"] for run in runs if run["results"]["delta"] is not None]
         counted = "" if len(private) == len(runs) else f" in {len(private)} of them"
-        text += f" Epsilon {_range([float(f'{value:.3g}') for value in private], '{:,g}')} at delta {_range(deltas, '{:.0e}')}{counted}."
+        text += f" Epsilon {_range([float(rounded_up(value)) for value in private], '{:,g}')} at delta {_range(deltas, '{:.0e}')}{counted}."
     return text
 
 
@@ -93,8 +94,8 @@ def columns_of(runs: Sequence[Json], keys: Sequence[str]) -> list[Json]:
     results += [("up", "up, MB", "megabytes"), ("down", "down, MB", "megabytes"), ("both", "both, MB", "megabytes")]
     results += [
         ("ratio", "times less than dense", "number"),
-        ("epsilon", "epsilon", "number"),
-        ("extrapolated", "epsilon, extrapolated", "number"),
+        ("epsilon", "epsilon", "epsilon"),
+        ("extrapolated", "epsilon, extrapolated", "epsilon"),
     ]
     results += [("rounds", "rounds", "count"), ("users", "users", "count"), ("seconds", "time, min", "minutes")]
     found += [of("results", *column) for column in results if any(run["results"][column[0]] is not None for run in runs)]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ class Promise:
         noise_multiplier: z of all channels together.
         delta: delta of the epsilon that is stated.
         bound: C, the bound on a user's update; None where it adapts.
+        rates: what devices measure of themselves in an evaluation, which is a release of its own; empty where they do not.
     """
 
     run: str
@@ -30,6 +32,7 @@ class Promise:
     noise_multiplier: float
     delta: float
     bound: float | None
+    rates: tuple[str, ...] = ()
 
 
 def audit_ledger(path: Path, rounds: Sequence[Mapping[str, Any]], promise: Promise, stated: float | None = None) -> tuple[Finding, ...]:
@@ -45,10 +48,12 @@ def audit_ledger(path: Path, rounds: Sequence[Mapping[str, Any]], promise: Promi
         charges = read_ledger(path)
     except LedgerError as error:
         return (Finding("ledger: whole", 0.0, 1.0, False, str(error)),)
-    keys = [(charge.round, charge.attempt) for charge in charges]
+    keys = [(charge.round, charge.attempt) for charge in charges if charge.of == "updates"]
     done = [(int(row["round"]), int(row.get("attempt", 0))) for row in rounds]
-    missing = sorted(set(done) - set(keys))
-    twice = len(keys) - len(set(keys))
+    evaluated = {charge.round for charge in charges if charge.of == "evaluation"}
+    missing = [f"({round}, {attempt})" for round, attempt in sorted(set(done) - set(keys))]
+    missing += [f"evaluation of {row['round']}" for row in rounds if row["round"] not in evaluated and any(r in row for r in promise.rates)]
+    twice = len(charges) - len({(charge.round, charge.attempt, charge.of) for charge in charges})
     # A release beyond those of the metrics is one whose round did not end: a later attempt made up for it, or the run broke off there.
     last, last_done = max(keys, default=(0, 0)), dict(done)
     extra = [key for key in keys if key not in set(done) and key != last and not key[1] < last_done.get(key[0], 0)]
@@ -56,7 +61,7 @@ def audit_ledger(path: Path, rounds: Sequence[Mapping[str, Any]], promise: Promi
     wrong = [f"round {c.round} attempt {c.attempt}: {said}" for c in charges if (said := _wrong(c, promise, bounds))]
     findings = [
         Finding("ledger: whole", 0.0, 0.0, True, f"{len(charges)} lines, each with the hash of the one before"),
-        Finding("ledger: releases without a line", 0.0, float(len(missing)), not missing, f"(round, attempt) {missing[:5]}"),
+        Finding("ledger: releases without a line", 0.0, float(len(missing)), not missing, f"(round, attempt) {', '.join(missing[:5])}"),
         Finding("ledger: lines without a release", 0.0, float(len(extra)), not extra, f"(round, attempt) {extra[:5]}"),
         Finding("ledger: twice", 0.0, float(twice), not twice, "releases with the same round and attempt"),
         Finding("ledger: as configured", 0.0, float(len(wrong)), not wrong, "; ".join(wrong[:3]) or "run, sampler, q, z, C and event"),
@@ -72,6 +77,8 @@ def _wrong(charge: Charge, promise: Promise, bounds: Mapping[tuple[int, int], fl
     """Return what a charge says that it should not, empty where it is right."""
     sampler, z = promise.sampler, promise.noise_multiplier
     bound = promise.bound if promise.bound is not None else bounds.get((charge.round, charge.attempt), charge.bound)
+    if charge.of == "evaluation":  # a node adds a one and its rates, each at most one
+        bound = math.sqrt(1 + len(promise.rates))
     right = dataclasses.replace(
         charge,
         run=promise.run,

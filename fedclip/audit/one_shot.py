@@ -16,7 +16,7 @@ from fedclip.audit.claims import claim_of, mechanism_of
 from fedclip.audit.findings import Finding
 from fedclip.layout import Layout
 from fedclip.method import Method
-from fedclip.sampling import Sampler
+from fedclip.sampling import Poisson, Sampler
 
 USERS, RATE, ROUNDS, COORDINATES = 128, 0.25, 10, 16_384
 """How many users there are, all of them canaries; at least how often one takes part; for how many rounds; about how many coordinates."""
@@ -49,7 +49,7 @@ def audit_one_shot(
         system: the functions of a round.
         secret: the master secret of the random streams.
     """
-    crowd, _ = extrapolate(method.sampler, mechanism_of(method).noise_multiplier, USERS, math.ceil(USERS * max(RATE, method.sampler.rate)))
+    crowd = _crowd(method)
     small = compact(layout, max(2, COORDINATES // max(1, sum(size > 0 for size in layout.sizes))))
     bench = Bench(dataclasses.replace(method, sampler=crowd, adaptive=None), small, system or System(), secret)
     claim = claim_of(bench.method, small)
@@ -70,6 +70,14 @@ def audit_one_shot(
         f"{USERS} canaries in one run; it fails above {FAR:g} times the claim"
     )
     return Finding("one-shot canaries: epsilon", claimed, found, passed, detail)
+
+
+def _crowd(method: Method) -> Sampler:
+    """Return the method's sampler over the canaries, of which it can tell no more apart than there are."""
+    sampler = method.sampler
+    if isinstance(sampler, Poisson) and sampler.devices_per_user > USERS:
+        sampler = dataclasses.replace(sampler, devices_per_user=USERS)
+    return extrapolate(sampler, mechanism_of(method).noise_multiplier, USERS, math.ceil(USERS * max(RATE, sampler.rate)))[0]
 
 
 def _directions(bench: Bench, norms: np.ndarray, layers: np.ndarray, seed: int) -> np.ndarray:

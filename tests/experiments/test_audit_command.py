@@ -12,7 +12,10 @@ from typer.testing import CliRunner
 
 import experiments.audit
 from experiments.cli import app
+from experiments.prepare import prepare, read_experiment
+from fedclip.account import read_ledger
 from fedclip.audit.suite import Effort
+from strategies.privacy import build_account
 
 LIGHT = functools.partial(Effort, contributions=300, hostile_rounds=2, cohorts=300, canaries=300)
 
@@ -86,6 +89,26 @@ def test_a_run_that_was_changed_fails(copy: Path, what: str) -> None:
     assert wrong
     assert all(line.startswith("FAIL ledger: ") for line in wrong)
     assert "exceed" in output
+
+
+def test_a_release_that_was_lost_is_claimed_too(copy: Path) -> None:
+    shutil.move(copy / "ledger.jsonl", copy / "before.jsonl")
+    charges = read_ledger(copy / "before.jsonl")
+    prepared = prepare(read_experiment(copy / "config.toml", []))
+    account = build_account(prepared.experiment, prepared.method.sampler.population, copy / "ledger.jsonl")
+    assert account is not None
+    lines = [(c.round, 0, c.bound) for c in charges] + [(3, 1, charges[-1].bound)]
+    for round, attempt, bound in lines:
+        account.charge(charges[0].run, round, attempt, account.noise_multiplier, bound)
+    rows = [json.loads(line) for line in (copy / "metrics.jsonl").read_text().splitlines()]
+    rows[-1]["attempt"] = 1
+    (copy / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (copy / "summary.json").unlink()
+    status, output = run("audit", copy, "--rounds", "1", "--trials", "2000", "--json")
+    assert status == 0, output
+    claim = json.loads(output)["claim"]
+    assert claim["rounds"] == 4
+    assert claim["epsilon"] == account.spent().epsilon
 
 
 def test_a_run_without_a_summary_is_audited_too(copy: Path) -> None:

@@ -12,7 +12,7 @@ from fedclip.account import read_ledger
 from fedclip.accounting import guarantee
 from fedclip.sampling import FixedSize, Poisson
 from strategies.naming import run_digest
-from strategies.privacy import noise_multiplier
+from strategies.privacy import build_account, noise_multiplier
 
 runner = CliRunner()
 
@@ -95,6 +95,16 @@ def test_the_noise_of_a_larger_cohort_is_trained_with_and_stated_apart(vision: P
     assert run_digest(read_experiment(vision, list(sets))) == run_digest(direct), "the same noise on the mean is the same run"
 
 
+def test_a_larger_cohort_has_as_large_a_cap(vision: Path) -> None:
+    sets = ["sampler.max_cohort=12", "privacy={noise_multiplier=1.5, delta=1e-5, noise_cohort_size=300, noise_population=5000}"]
+    account = build_account(read_experiment(vision, sets), 60)
+    assert account is not None
+    account.charge("run", 1, 0, account.noise_multiplier, 1.0)
+    extrapolated = account.extrapolated()
+    assert extrapolated is not None
+    assert extrapolated.epsilon == guarantee(Poisson(5000, 300.0, max_cohort=400), 1.5, 1, 1e-5).epsilon
+
+
 def test_a_target_for_the_larger_cohort_is_no_budget_of_this_run(vision: Path) -> None:
     sets = ["run.rounds=7", "privacy={target_epsilon=3.0, delta=1e-5, noise_cohort_size=500, noise_population=5000}"]
     prepared = prepare(read_experiment(vision, sets))
@@ -134,6 +144,11 @@ def test_adaptive_bounds_move_and_are_recorded(vision: Path, tmp_path: Path, lay
     [
         (["privacy={target_epsilon=1.0, noise_multiplier=1.0}"], ["expected noise_multiplier or target_epsilon, got both"]),
         (["privacy={epsilon_budget=1.0}"], ["epsilon_budget without noise"]),
+        (["privacy={noise_multiplier=1.0, noise_cohort_size=300}"], ["privacy.noise_cohort_size: expected at most 60", "noise_population"]),
+        (
+            ["sampler.name=fixed_size", "privacy={noise_multiplier=1.0, noise_cohort_size=20.5}"],
+            ["privacy.noise_cohort_size", "whole cohort", "20.5"],
+        ),
         (["privacy.noise_population=9"], ["noise_population goes with noise_cohort_size"]),
         (["sampler.name=fixed_size", "sampler.cohort=9.5"], ["whole number", "9.5"]),
         (["sampler.name=fixed_size", "sampler.max_cohort=9"], ["max_cohort"]),

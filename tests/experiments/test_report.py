@@ -153,7 +153,8 @@ def test_every_figure_carries_all_stamps_and_lines_of_privacy(tmp_path: Path) ->
     assert found["wer-both"].get_suptitle().splitlines() == [
         "not private, private, nominal, extrapolated",
         "another line",
-        "seeded simulation: epsilon is nominal",
+        "seeded simulation: epsilon is nominal; epsilon: at delta 1e-09, add-or-remove-one user, Poisson q = 0.01, PLD; "
+        "extrapolated epsilon: at delta 1e-09, add-or-remove-one user, Poisson q = 0.01, PLD",
     ]
     assert found["private-layer_snr"].get_suptitle().splitlines()[0] == "private, nominal, extrapolated", "of its own run"
 

@@ -1,6 +1,7 @@
 """Epsilon: published figures row by row, how it moves, the noise and rounds it allows, and what is refused."""
 
 import dataclasses
+import json
 import math
 import subprocess
 import sys
@@ -11,8 +12,8 @@ from dp_accounting import GaussianDpEvent, NeighboringRelation, SampledWithoutRe
 from dp_accounting.rdp import RdpAccountant
 from scipy.stats import norm
 
-from fedclip.accounting import affordable_rounds, calibrate_noise, epsilons, extrapolate, guarantee, rounded_up
-from fedclip.sampling import FixedSize, Poisson
+from fedclip.accounting import Guarantee, affordable_rounds, calibrate_noise, epsilons, extrapolate, guarantee, rounded_up
+from fedclip.sampling import Available, FixedSize, Poisson
 
 DELTA = 1e-9
 SMALL = Poisson(1_000_000, 1000.0)
@@ -285,6 +286,13 @@ def test_a_printed_epsilon_is_never_less_than_it_is(epsilon, text):
     assert float(text) >= epsilon
 
 
+def test_a_guarantee_is_what_it_was_after_a_summary():
+    spent = guarantee(Poisson(1000, 20.0), 1.0, 3, DELTA)
+    for stated in (spent, dataclasses.replace(spent, epsilon=math.inf)):
+        read = json.loads(json.dumps({k: None if v == math.inf else v for k, v in stated.plain().items()}))
+        assert Guarantee.of(read) == stated
+
+
 def test_extrapolation_keeps_the_noise_on_the_mean():
     for sampler, population, cohort in ((Poisson(1000, 20.0), 10**6, 2000.0), (FixedSize(1000, 20), 10**6, 2000)):
         larger, z = extrapolate(sampler, 0.1, population, cohort)
@@ -296,6 +304,7 @@ def test_extrapolation_keeps_the_noise_on_the_mean():
     same, z = extrapolate(Poisson(1000, 20.0, max_cohort=30), 0.7, 1000, 20.0)
     assert (same, z) == (Poisson(1000, 20.0, max_cohort=30), 0.7)
     assert extrapolate(Poisson(1000, 20.0, max_cohort=30), 0.1, 10_000, 200.0)[0].max_cohort == 300
+    assert extrapolate(Available(100, 20.0, 1.5), 0.1, 10_000, 200.0) == (Available(10_000, 200.0, 1.5), pytest.approx(1.0))
     with pytest.raises(ValueError, match="got 2000"):
         extrapolate(Poisson(1000, 20.0), 0.1, 1500, 2000.0)
     with pytest.raises(ValueError, match=r"got 2\.5"):

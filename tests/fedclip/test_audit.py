@@ -28,7 +28,7 @@ from fedclip.layout import Layout
 from fedclip.packed import PackedCodec
 from fedclip.quantize import Quantize
 from fedclip.release import Gaussian, Release
-from fedclip.sampling import FixedSize, Poisson
+from fedclip.sampling import Available, FixedSize, Poisson
 from fedclip.sparsify import CommonMask, RandomK, TopK
 from fedclip.transform import chain
 from tests.fedclip import audit_mutants as mutants
@@ -317,7 +317,12 @@ def test_one_shot_canaries_estimate_the_epsilon():
     sampled = one_shot(mutants.method())
     assert sampled.passed
     assert 0 < sampled.found < sampled.claim
-    for sampler in (FixedSize(100, 30), Poisson(100, 20.0, max_cohort=25)):
+    for sampler in (
+        FixedSize(100, 30),
+        Poisson(100, 20.0, max_cohort=25),
+        Available(100, 20.0, 1.5),
+        Poisson(900, 20.0, devices_per_user=200),
+    ):
         assert one_shot(mutants.method(sampler=sampler)).passed
     silent = one_shot(mutants.method(mechanism=mutants.Silent(1.0)))
     assert not silent.passed
@@ -341,6 +346,19 @@ def test_a_whole_ledger_passes_and_a_broken_off_round_may_have_its_line(tmp_path
     account.charge("run", 4, 1, 1.0, 0.5)
     assert failed(audit_ledger(path, [*rows, {"round": 4, "attempt": 1}], promise)) == set()
     assert failed(audit_ledger(path, rows, dataclasses.replace(promise, bound=None))) <= {"ledger: lines without a release"}
+
+
+def test_an_evaluation_by_the_devices_is_a_release_of_its_own(tmp_path):
+    path, rows, promise, account = ledger(tmp_path)
+    promise = dataclasses.replace(promise, rates=("wer", "cer"))
+    account.charge("run", 3, 0, 1.0, math.sqrt(3), "evaluation")
+    evaluated = [*rows[:2], rows[2] | {"wer": 0.5, "cer": 0.3, "evaluated_round": 3}]
+    assert failed(audit_ledger(path, evaluated, promise, account.spent().epsilon)) == set()
+    assert failed(audit_ledger(path, evaluated, dataclasses.replace(promise, rates=("wer",)))) == {"ledger: as configured"}
+    also = [rows[0], rows[1] | {"wer": 0.6, "cer": 0.3, "evaluated_round": 2}, evaluated[2]]
+    assert failed(audit_ledger(path, also, promise)) == {"ledger: releases without a line"}
+    account.charge("run", 3, 0, 1.0, math.sqrt(3), "evaluation")
+    assert failed(audit_ledger(path, evaluated, promise)) == {"ledger: twice"}
 
 
 def edit(path, number, **changes):

@@ -14,7 +14,7 @@ from fedclip.method import Method, ServerState, noise_to_bound, user_weight
 from fedclip.optimizers import LAMB, SGD, Adam
 from fedclip.quantize import Entropy, Fp16, Quantize, Sign
 from fedclip.release import Gaussian, Release
-from fedclip.sampling import FixedSize, Poisson
+from fedclip.sampling import Available, FixedSize, Poisson
 from fedclip.schedules import Schedule
 from fedclip.sparsify import CommonMask, RandomK
 from fedclip.transform import Bound, chain, with_error_feedback
@@ -55,6 +55,25 @@ def test_under_noise_a_chain_that_is_bounded_is_taken(client):
     made = method(client, release=NOISE)
     assert made.private
     assert made.bound(flat(3, 2)).total == pytest.approx(0.2 if len(client) == 3 and isinstance(client[2], ClipByGlobalNorm) else 0.5)
+
+
+@pytest.mark.parametrize(
+    ("most", "over"),
+    [
+        (Poisson(10**9, 1_038_000.0), Poisson(10**9, 1_039_000.0)),
+        (Poisson(10**9, 500_000.0, max_cohort=2**20), Poisson(10**9, 500_000.0, max_cohort=2**20 + 1)),
+        (Poisson(2**20, 2.0**20), Poisson(2**20 + 1, 2.0**20)),
+        (FixedSize(10**9, 2**20), FixedSize(10**9, 2**20 + 1)),
+        (Available(10**9, 100_000.0, 10.0), Available(10**9, 100_000.0, 11.0)),
+    ],
+    ids=lambda sampler: sampler.name,
+)
+def test_under_noise_a_cohort_that_the_sum_has_no_room_for_is_refused(most, over):
+    """Who finds no room would be a zero because others came, which no accountant knows of."""
+    assert method(release=NOISE, sampler=most).private
+    assert not method(sampler=over).private
+    with pytest.raises(ValueError, match=r"room for 1,048,576 users; got a cohort of"):
+        method(release=NOISE, sampler=over)
 
 
 def test_without_noise_nothing_must_be_bounded():

@@ -12,7 +12,7 @@ import pytest
 from dp_accounting.dp_event import MixtureOfGaussiansDpEvent
 from scipy import stats
 
-from fedclip.sampling import FixedSize, Poisson, Sampler
+from fedclip.sampling import Available, FixedSize, Poisson, Sampler
 
 HUGE = 700_000_000
 
@@ -195,6 +195,31 @@ def test_a_sampler_says_what_it_is(sampler, name, adjacency):
 )
 def test_a_sampler_carries_the_privacy_event_of_its_round(sampler, event):
     assert sampler.event(1.5) == event
+
+
+def test_of_those_who_are_there_each_comes_by_a_coin_of_its_own_and_no_sampling_is_claimed():
+    sampler, n, there = Available(40, 8.0, 1.5), 4000, [*range(3, 40, 2)]
+    came = np.zeros((n, 40))
+    rng = np.random.default_rng(3)
+    for row in came:
+        row[list(sampler.draw(rng, there))] = 1
+    # q = 1.5 * 8 / 40; five standard errors of a frequency, and of a pair's covariance, over n draws.
+    assert np.abs(came[:, there].mean(0) - 0.3).max() < 5 * np.sqrt(0.3 * 0.7 / n)
+    assert not came[:, [u for u in range(40) if u not in there]].any()
+    covariance = np.cov(came[:, there].T) - np.diag(np.diag(np.cov(came[:, there].T)))
+    assert np.abs(covariance).max() < 5 * 0.3 * 0.7 / np.sqrt(n)
+    assert Available(40, 30.0, 2.0).draw(rng) == tuple(range(40)), "at most all"
+    for z in (0.7, 2.0):
+        assert sampler.event(z) == dp.GaussianDpEvent(z)
+    assert sampler.rate == 1.0
+
+
+def test_who_is_away_moves_nobody_elses_coin():
+    sampler = Available(40, 8.0)
+    everybody = sampler.draw(np.random.default_rng(5))
+    for away in range(40):
+        others = [user for user in range(40) if user != away]
+        assert sampler.draw(np.random.default_rng(5), others) == tuple(user for user in everybody if user != away)
 
 
 def test_the_devices_of_a_user_come_by_the_binomial_law():

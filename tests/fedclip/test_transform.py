@@ -9,8 +9,9 @@ import torch
 
 from fedclip.clipping import ClipByGlobalNorm, ClipPerLayer
 from fedclip.dgc import DGC
+from fedclip.layout import Layout
 from fedclip.sparsify import RandomK
-from fedclip.transform import UNBOUNDED, Bound, Chain, Step, Transform, chain, with_error_feedback
+from fedclip.transform import LARGEST_RESIDUAL, UNBOUNDED, Bound, Chain, Step, Transform, chain, with_error_feedback
 from fedclip.update import Dense, is_finite, measured, norm, to_dense
 from tests.stages_of_tests import Amplify, Round, TopK
 from tests.strategies_of_data import context, flat
@@ -74,6 +75,35 @@ def test_error_feedback_sends_all_there_was_in_the_end():
     # What came in is what went out and what is left: nothing is lost.
     assert torch.allclose(sent + state[0], vectors.sum(0), atol=1e-5)
     assert float(state[0].abs().sum()) > 0
+
+
+def test_error_feedback_forgets_what_is_far_too_much():
+    """A clip would send an update of a norm of a million for a million rounds, and nothing else."""
+    stage = with_error_feedback(ClipByGlobalNorm(1.0))
+    step = run(stage, [1e6, 0, 0, 0, 0, 0])
+    for _ in range(400):
+        step = run(stage, [0, 0.5, 0, 0, 0, 0], step.state)
+        assert float(step.state[0].norm()) <= LARGEST_RESIDUAL * (1 + 1e-6)
+    assert step.update.vector[1] > 10 * step.update.vector[0]
+
+
+def test_error_feedback_around_the_sparsest_top_k_forgets_nothing():
+    layout = Layout(("w",), ((20_000,),), ("w",))
+    stage = with_error_feedback(TopK(2))
+    state, sent = stage.init(layout), torch.zeros(layout.size)
+    for _ in range(300):
+        step = stage.apply(Dense(torch.ones(layout.size)), state, context(layout))
+        sent, state = sent + to_dense(step.update, layout), step.state
+    assert torch.equal(sent + state[0], torch.full((layout.size,), 300.0))
+
+
+def test_error_feedback_survives_the_largest_numbers():
+    stage, state = with_error_feedback(ClipByGlobalNorm(1.0)), None
+    for _ in range(4):
+        step = run(stage, [3e38, -3e38, 0, 0, 0, 0], state)
+        state = step.state
+        assert torch.isfinite(state[0]).all()
+        assert float(step.update.vector.norm()) == pytest.approx(1.0, rel=1e-5)
 
 
 def test_error_feedback_leaves_its_state_unchanged():

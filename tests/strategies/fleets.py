@@ -9,11 +9,11 @@ from flwr.app import Message, RecordDict
 
 from experiments.engines import account_of, secret_of
 from experiments.prepare import Prepared, prepare, read_experiment
-from experiments.server_app import RATES
 from fedclip.simulation import InProcess
 from fedclip.user_states import StatesInFolder
 from strategies.fleet import Fleet, Rejection
 from strategies.naming import run_digest
+from strategies.privacy import rates_of_devices
 from tests.strategies.devices import (
     EXPERIMENT,
     Device,
@@ -66,7 +66,7 @@ def make(devices: list[Device], folder: Path, *settings: str, seeded: bool = Tru
     prepared = prepare(read_experiment(file, said, data))
     options = prepared.experiment.deployment
     assert options is not None
-    rates = RATES["asr"] if prepared.experiment.evaluation.on == "devices" else ()
+    rates = rates_of_devices(prepared.experiment)
     grid, warned = Devices(devices), list[Rejection]()
     names = (secret_of(prepared) if seeded else "", run_digest(prepared.experiment))
     account = account_of(prepared)

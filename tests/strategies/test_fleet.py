@@ -90,6 +90,11 @@ def test_without_noise_a_round_ends_when_answers_enough_have_come(devices: list[
     assert [(r.node, r.cause) for r in site.warned] == [(devices[2].name, "late")]
 
 
+def test_under_noise_who_answers_late_counts_too_also_when_more_were_asked_than_are_needed(devices: list[Device], tmp_path: Path) -> None:
+    site = make(devices, tmp_path, "sampler.cohort=1.5", "sampler.over_selection=2.0", "deployment.diagnostics=true")
+    assert site.fleet.round().tally["users"] == 3
+
+
 def test_a_node_that_is_revoked_or_not_enrolled_is_not_asked(devices: list[Device], tmp_path: Path) -> None:
     site = make(devices, tmp_path)
     site.fleet.round()

@@ -12,6 +12,8 @@ from flwr.app import Message
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import experiments.audit
+from experiments.audit import audit_command
 from experiments.engines import account_of
 from experiments.folder import read_metrics
 from experiments.live import Reporter
@@ -105,6 +107,28 @@ def test_a_run_on_devices_is_gone_on_with_where_it_stopped(devices: list[Device]
     assert torch.equal(again.fleet.state.params, straight.fleet.state.params)
     assert [(c.round, c.attempt) for c in read_ledger(path / "ledger.jsonl")] == [(1, 0), (2, 0), (3, 0)]
     assert again.fleet.remembered == straight.fleet.remembered
+
+
+def test_the_ledger_of_a_run_on_devices_passes_the_audit(devices: list[Device], tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setattr(experiments.audit, "parts", lambda *arguments: [])
+    site = make(devices, tmp_path, "run.rounds=2", 'evaluation.on="devices"', "evaluation.every=1", seeded=False)
+    path = tmp_path / "run"
+    path.mkdir()
+    site.fleet.account = account_of(site.prepared, path)
+    site.fleet.run += "-drawn-for-it"
+    with Reporter(2, quiet=True, console=Console(file=io.StringIO())) as reporter:
+        assert run_rounds(site.prepared, site.fleet, path, reporter) == 0
+    assert [charge.of for charge in read_ledger(path / "ledger.jsonl")] == ["updates", "evaluation"] * 2
+    assert audit_command(path, [], None, 1, 100, as_json=False) == 0, capsys.readouterr()
+    output = capsys.readouterr().out
+    assert "whoever is there (no sampling claimed) q = 1, z = 1.5, 4 rounds" in output
+    assert "all within the claim" in output
+    rows = read_metrics(path)
+    lines = (path / "ledger.jsonl").read_text().splitlines(True)
+    (path / "ledger.jsonl").write_text("".join(lines[:3]))
+    assert len(rows) == 2
+    assert audit_command(path, [], None, 1, 100, as_json=False) == 1
+    assert "evaluation of 2" in capsys.readouterr().out
 
 
 class CrashError(Exception):
