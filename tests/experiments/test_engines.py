@@ -1,12 +1,17 @@
 """The same bits whatever computes the rounds: in process, on Ray with any number of workers, in both reply modes."""
 
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 
-from experiments.engines import OnGrid, open_engine
-from experiments.prepare import prepare, read_experiment
+from clients.ray_grid import RayGrid
+from experiments.engines import Engine, OnGrid, account_of, open_engine
+from experiments.folder import STATES
+from experiments.prepare import Prepared, prepare, read_experiment
 from fedclip.client import train_blocks
 from fedclip.round import begin, deal, finish
 from fedclip.simulation import InProcess
@@ -15,9 +20,28 @@ from strategies.naming import run_digest
 ROUNDS = 3
 
 
-def params_after(path: Path, *overrides: str) -> torch.Tensor:
+Grids = Callable[[int], RayGrid]
+
+
+@pytest.fixture(scope="module")
+def grids(ray_session: None) -> Iterator[Grids]:
+    """Give the grid of so many workers, each started once: they take the tests in turn."""
+    with ExitStack() as stack:
+        yield cache(lambda workers: stack.enter_context(RayGrid("clients.app:app", nodes=None, workers=workers)))
+
+
+def opened(prepared: Prepared, folder: Path | None = None, grid: RayGrid | None = None) -> AbstractContextManager[Engine]:
+    """Return the engine on these workers, or in this process."""
+    if grid is None:
+        assert prepared.experiment.run.engine == "process"
+        return open_engine(prepared, folder)
+    states = folder / STATES if folder is not None else None
+    return nullcontext(OnGrid(prepared, grid, account_of(prepared, folder), states))
+
+
+def params_after(path: Path, *overrides: str, grid: RayGrid | None = None) -> torch.Tensor:
     prepared = prepare(read_experiment(path, list(overrides)))
-    with open_engine(prepared) as engine:
+    with opened(prepared, grid=grid) as engine:
         for _ in range(ROUNDS):
             engine.round()
         return engine.state.params
@@ -40,11 +64,10 @@ def test_another_seed_gives_other_parameters(vision: Path, reference: torch.Tens
     assert not torch.equal(params_after(vision, "run.engine=process", "run.seed=2"), reference)
 
 
-@pytest.mark.usefixtures("ray_session")
 @pytest.mark.parametrize("workers", [1, 2, 3])
 @pytest.mark.parametrize("reply", ["sums", "updates"])
-def test_ray_gives_the_bits_of_one_process(vision: Path, reference: torch.Tensor, workers: int, reply: str) -> None:
-    assert torch.equal(params_after(vision, f"run.workers={workers}", f"run.reply={reply}"), reference)
+def test_ray_gives_the_bits_of_one_process(vision: Path, reference: torch.Tensor, grids: Grids, workers: int, reply: str) -> None:
+    assert torch.equal(params_after(vision, f"run.reply={reply}", grid=grids(workers)), reference)
 
 
 def test_blocks_in_any_order_and_number_of_shares_give_the_same_bits(vision: Path, reference: torch.Tensor) -> None:
@@ -59,28 +82,23 @@ def test_blocks_in_any_order_and_number_of_shares_give_the_same_bits(vision: Pat
     assert torch.equal(state.params, reference)
 
 
-@pytest.mark.usefixtures("ray_session")
-def test_evaluation_on_ray_gives_the_metrics_of_one_process(vision: Path) -> None:
-    def metrics(*overrides: str) -> dict[str, float]:
-        prepared = prepare(read_experiment(vision, list(overrides)))
-        with open_engine(prepared) as engine:
-            return prepared.task.summarise(engine.evaluate_units(), 0)
+def test_evaluation_on_ray_gives_the_metrics_of_one_process(vision: Path, grids: Grids) -> None:
+    prepared = prepare(read_experiment(vision, ["run.engine=process"]))
+    measured = []
+    for grid in (grids(2), None):
+        with opened(prepared, grid=grid) as engine:
+            measured.append(prepared.task.summarise(engine.evaluate_units(), 0))
+    assert measured[0] == measured[1]
 
-    assert metrics("run.workers=2") == metrics("run.engine=process")
 
-
-@pytest.mark.usefixtures("ray_session")
-def test_flower_start_runs_the_strategy_from_round_one(vision: Path, reference: torch.Tensor) -> None:
-    from clients.ray_grid import RayGrid
-
-    prepared = prepare(read_experiment(vision, []))
-    with RayGrid("clients.app:app", nodes=2, workers=2) as grid:
-        strategy = OnGrid(prepared, grid).strategy
-        result = strategy.start(grid, strategy.arrays(), num_rounds=ROUNDS)
-        assert torch.equal(strategy.state.params, reference)
-        assert set(result.evaluate_metrics_clientapp) == {1, 2, 3}
-        with pytest.raises(ValueError, match="Expected round 4, got 1"):
-            strategy.start(grid, strategy.arrays(), num_rounds=1)
+def test_flower_start_runs_the_strategy_from_round_one(vision: Path, reference: torch.Tensor, grids: Grids) -> None:
+    prepared, grid = prepare(read_experiment(vision, [])), grids(2)
+    strategy = OnGrid(prepared, grid).strategy
+    result = strategy.start(grid, strategy.arrays(), num_rounds=ROUNDS)
+    assert torch.equal(strategy.state.params, reference)
+    assert set(result.evaluate_metrics_clientapp) == {1, 2, 3}
+    with pytest.raises(ValueError, match="Expected round 4, got 1"):
+        strategy.start(grid, strategy.arrays(), num_rounds=1)
 
 
 STATEFUL = (
@@ -90,12 +108,13 @@ STATEFUL = (
 """A chain that remembers users, and bounds that adapt: 12 of the 60 users come each round, so that many come again."""
 
 
-@pytest.mark.usefixtures("ray_session")
-@pytest.mark.parametrize(("workers", "reply"), [(1, "sums"), pytest.param(3, "sums", marks=pytest.mark.slow), (2, "updates")])
-def test_states_of_users_and_adaptive_bounds_have_the_bits_of_one_process(vision: Path, tmp_path: Path, workers: int, reply: str) -> None:
-    def ends(folder: Path, *overrides: str) -> tuple[torch.Tensor, tuple[float, ...], dict[str, bytes]]:
+@pytest.mark.parametrize(("workers", "reply"), [(1, "sums"), (3, "sums"), (2, "updates")])
+def test_states_of_users_and_adaptive_bounds_have_the_bits_of_one_process(
+    vision: Path, tmp_path: Path, grids: Grids, workers: int, reply: str
+) -> None:
+    def ends(folder: Path, *overrides: str, grid: RayGrid | None = None) -> tuple[torch.Tensor, tuple[float, ...], dict[str, bytes]]:
         common = [STATEFUL, "sampler.cohort=12", "privacy.noise_multiplier=0.5"]
-        with open_engine(prepare(read_experiment(vision, [*common, *overrides])), folder) as engine:
+        with opened(prepare(read_experiment(vision, [*common, *overrides])), folder, grid) as engine:
             folder.mkdir()
             for _ in range(ROUNDS):
                 engine.round()
@@ -103,7 +122,7 @@ def test_states_of_users_and_adaptive_bounds_have_the_bits_of_one_process(vision
             return engine.state.params, engine.state.thresholds, states
 
     here = ends(tmp_path / "process", "run.engine=process")
-    there = ends(tmp_path / "ray", f"run.workers={workers}", f"run.reply={reply}")
+    there = ends(tmp_path / "ray", f"run.reply={reply}", grid=grids(workers))
     assert torch.equal(here[0], there[0])
     assert here[1:] == there[1:]
     assert len(here[2]) > 20
@@ -131,21 +150,19 @@ COMPRESSED = {
         "sampler.cohort=12",
     ),
 }
-LONG = ("control variates, 8 bits down", "a common mask that follows what was released")
 
 
-@pytest.mark.usefixtures("ray_session")
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in LONG else ()) for n in COMPRESSED])
-def test_compressed_rounds_have_the_bits_of_one_process(vision: Path, tmp_path: Path, name: str) -> None:
-    def ends(folder: Path, *overrides: str) -> tuple[torch.Tensor, list[float]]:
-        with open_engine(prepare(read_experiment(vision, [*COMPRESSED[name], *overrides])), folder) as engine:
+@pytest.mark.parametrize("name", COMPRESSED)
+def test_compressed_rounds_have_the_bits_of_one_process(vision: Path, tmp_path: Path, grids: Grids, name: str) -> None:
+    def ends(folder: Path, *overrides: str, grid: RayGrid | None = None) -> tuple[torch.Tensor, list[float]]:
+        with opened(prepare(read_experiment(vision, [*COMPRESSED[name], *overrides])), folder, grid) as engine:
             folder.mkdir()
             outcomes = [engine.round() for _ in range(ROUNDS)]
             return engine.state.params, [o.tally["uplink_bytes"] for o in outcomes]
 
     here = ends(tmp_path / "process", "run.engine=process")
     for reply in ("sums", "updates"):
-        there = ends(tmp_path / reply, "run.workers=2", f"run.reply={reply}")
+        there = ends(tmp_path / reply, f"run.reply={reply}", grid=grids(2))
         assert torch.equal(here[0], there[0])
         assert here[1] == there[1]
 
