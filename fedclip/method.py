@@ -191,8 +191,7 @@ class Method:
         if self._largest_cohort() > 1 << CAPACITY_BITS:
             raise ValueError(
                 f"Under noise nobody's update may keep another's out of the sum, which has room for {1 << CAPACITY_BITS:,} users; got a "
-                f"cohort of {self.sampler.expected_cohort:,.10g}, which comes to {math.ceil(self._largest_cohort()):,} but for a chance of "
-                "1e-20; lower it."
+                f"cohort of {self.sampler.expected_cohort:,.10g}, which may come to {math.ceil(self._largest_cohort()):,}; lower it."
             )
         poisson = isinstance(self.sampler, Poisson) and self.sampler.max_cohort is None
         unclaimed = isinstance(self.sampler, Available) or (isinstance(self.sampler, FixedSize) and self.sampler.rate == 1)
